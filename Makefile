@@ -1,0 +1,40 @@
+# `make embed` and `make test` each work first on a fresh clone with only Python >= 3.11 and make.
+JOB ?= jobs/demo.yaml
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: embed test setup lint schemas clean help
+
+help:            ## show this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /	/'
+
+embed: $(READY)  ## run a job: make embed JOB=jobs/demo.yaml
+	$(BIN)/matryoshka run $(JOB)
+
+test: $(READY)   ## run the tests
+	$(BIN)/python -m pytest
+
+setup: $(READY)  ## make .venv and install everything into it
+
+lint: $(READY)   ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+schemas: $(READY) ## write schemas/job.schema.json from the models
+	$(BIN)/matryoshka schema > schemas/job.schema.json
+
+clean:           ## remove .venv and caches; output/ is kept
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# Anew whenever what is to be installed has changed.
+$(READY): pyproject.toml constraints.txt
+	@set -e; for python in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11; do \
+		if command -v $$python >/dev/null && $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then echo "make: no Python >= 3.11 found; install one, or name it: make PYTHON=/path/to/python" >&2; exit 2; fi; \
+	echo "setting up $(VENV) with $$found"; \
+	$$found -m venv $(VENV); \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'; \
+	touch $(READY)

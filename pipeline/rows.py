@@ -1,0 +1,229 @@
+"""One rule for rows: from raw columns to id, text, digest, or the reason why a row cannot be used.
+
+The scan and the embedding both come here, so they agree on every row.
+"""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.errors import DataError
+from pipeline.sources import Column, RawBatch
+from pipeline.spec import Corpus
+
+REASONS = (
+    "null_text", "blank_text", "undecodable", "duplicate_text", "non_finite", "zero_norm", "model_error",
+)  # fmt: skip
+QUARANTINE_SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("id", pa.string()),
+        ("file", pa.string()),
+        ("shard", pa.int64()),
+        ("offset", pa.int64()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+    ]
+)
+ALWAYS_ALLOWED = 10
+"""Rows that may be quarantined whatever the share."""
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def columns(corpus: Corpus) -> list[str]:
+    """The columns that are read, each once."""
+    named = [*([corpus.id] if corpus.id else []), *corpus.text, *corpus.keep, *corpus.filter]
+    return list(dict.fromkeys(named))
+
+
+@dataclass
+class Rows:
+    """Usable rows of a batch, and what was set aside; `offsets` are positions in the file."""
+
+    file: str
+    offsets: list[int] = field(default_factory=list)
+    ids: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
+    extras: dict[str, pa.Array] = field(default_factory=dict)
+    rejected: list[tuple[int, str | None, str, str]] = field(default_factory=list)  # offset, id, reason, detail
+    repaired: int = 0
+    first_row: int = 0  # row number of the file's first row
+
+    def drop(self, repeated: frozenset[int]) -> None:
+        """Set aside the rows whose text an earlier row already has."""
+        gone = [at for at, offset in enumerate(self.offsets) if self.first_row + offset in repeated] if repeated else []
+        if not gone:
+            return
+        self.rejected += [(self.offsets[at], self.ids[at], "duplicate_text", "") for at in gone]
+        kept = sorted(set(range(len(self.ids))) - set(gone))
+        self.offsets, self.ids = [self.offsets[at] for at in kept], [self.ids[at] for at in kept]
+        self.texts, self.digests = [self.texts[at] for at in kept], [self.digests[at] for at in kept]
+        self.extras = {name: array.take(pa.array(kept, pa.int64())) for name, array in self.extras.items()}
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """How many rows were set aside, by reason."""
+        return Counter(reason for _, _, reason, _ in self.rejected)
+
+
+def clean(raw: RawBatch, file: str, corpus: Corpus, types: Mapping[str, pa.DataType]) -> Rows:
+    """Apply the text rule to a batch; `types` are those of the carried columns.
+
+    Raises DataError where an id is missing or of a type that cannot be one.
+    """
+    rows = Rows(file)
+    ids = _values(raw.columns[corpus.id]) if corpus.id else [None] * raw.count
+    parts = [_values(raw.columns[name]) for name in corpus.text]
+    for column in corpus.text:
+        _check_text_type(raw.columns[column], column, file)
+    kept = []
+    for number in range(raw.count):
+        offset = raw.start + number
+        if number in raw.bad:
+            rows.rejected.append((offset, None, "undecodable", raw.bad[number][:200]))
+            continue
+        name = _id(ids[number], corpus.id, file, offset) if corpus.id else None
+        text, repaired = _text([part[number] for part in parts])
+        if isinstance(text, Refused):
+            rows.rejected.append((offset, name, text.reason, text.detail))
+            continue
+        rows.repaired += repaired
+        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        kept.append(number)
+        rows.offsets.append(offset)
+        rows.ids.append(digest.hex() if name is None else name)
+        rows.texts.append(text)
+        rows.digests.append(digest)
+    taken = pa.array(kept, pa.int64())
+    for column in [*corpus.keep, *corpus.filter]:
+        rows.extras[column] = typed(raw.columns[column], types[column], column, file).take(taken)
+    return rows
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Why a row has no usable text."""
+
+    reason: str
+    detail: str = ""
+
+
+def _text(parts: Sequence[Any]) -> tuple[str | Refused, bool]:
+    """The row's text by the text rule, and whether something undecodable was replaced in it."""
+    present = [part for part in parts if part is not None]
+    if not present:
+        return Refused("null_text"), False
+    pieces, repaired = [], False
+    for part in present:
+        if not isinstance(part, str | bytes):
+            return Refused("undecodable", f"text is a {type(part).__name__}, not a string"), False
+        piece = part.decode("utf-8", "surrogateescape") if isinstance(part, bytes) else part
+        fixed = SURROGATE.sub("\ufffd", piece)
+        repaired = repaired or fixed != piece
+        pieces.append(fixed)
+    text = "\n".join(pieces)
+    return (text if text.strip() else Refused("blank_text")), repaired
+
+
+def _id(value: Any, column: str, file: str, offset: int) -> str:
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        what = "null" if value is None else f"a {type(value).__name__}"
+        raise DataError(f"{file} row {offset}: the id in {column!r} is {what}; ids are strings or integers")
+    if not value:
+        raise DataError(
+            f"{file} row {offset}: the id in {column!r} is empty; give every row an id, or set corpus.id: null"
+        )
+    return SURROGATE.sub("\ufffd", value)
+
+
+def _check_text_type(column: Column, name: str, file: str) -> None:
+    kind = column.type if isinstance(column, pa.Array) else pa.string()
+    if not (pa.types.is_string(kind) or pa.types.is_binary(kind) or pa.types.is_null(kind)):
+        raise DataError(f"{file}: the text column {name!r} holds {kind}, not strings; name another one")
+
+
+def _values(column: Column) -> list[Any]:
+    """A column's values; Arrow strings as bytes, so that invalid UTF-8 can be seen."""
+    if isinstance(column, list):
+        return column
+    return list((column.cast(pa.binary()) if pa.types.is_string(column.type) else column).to_pylist())
+
+
+def observed_type(column: Column, name: str, file: str) -> pa.DataType:
+    """The Arrow type a carried column shows in this batch; DataError where its values are of several kinds."""
+    if isinstance(column, pa.Array):
+        return column.type
+    try:
+        return pa.array(column).type
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        raise DataError(f"{file}: column {name!r} holds values of several types; make them one type") from None
+
+
+def csv_type(column: Sequence[str | None]) -> pa.DataType:
+    """The narrowest of int64, float64, bool, string that reads every value; empty fields are null."""
+    values = pa.array([value or None for value in column], pa.string())
+    if values.null_count == len(values):
+        return pa.null()
+    for kind in (pa.int64(), pa.float64(), pa.bool_()):
+        try:
+            values.cast(kind)
+        except pa.ArrowInvalid:
+            continue
+        return kind
+    return pa.string()
+
+
+def unify(known: pa.DataType, seen: pa.DataType) -> pa.DataType | None:
+    """A type that holds both without loss; None where there is none."""
+    try:
+        schemas = [pa.schema([("c", kind)]) for kind in (known, seen)]
+        return pa.unify_schemas(schemas, promote_options="permissive").field("c").type
+    except (pa.ArrowTypeError, pa.ArrowInvalid):
+        return None
+
+
+def typed(column: Column, kind: pa.DataType, name: str, file: str) -> pa.Array:
+    """A carried column as the type the whole corpus agreed on."""
+    try:
+        if isinstance(column, pa.Array):
+            return column if column.type == kind else column.cast(kind)
+        if all(value is None or isinstance(value, str) for value in column):
+            repaired = [None if value is None else SURROGATE.sub("\ufffd", value) for value in column]
+            if pa.types.is_string(kind):
+                return pa.array(repaired, kind)
+            return pc.cast(pa.array([value or None for value in repaired], pa.string()), kind)
+        return pa.array(column, kind)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise DataError(f"{file}: column {name!r} does not fit {kind}: {str(error).splitlines()[0]}") from None
+
+
+def id_hash(name: str) -> bytes:
+    """128 bits that stand for a given id in the check for duplicates."""
+    return hashlib.blake2b(name.encode("utf-8", "replace"), digest_size=16).digest()
+
+
+def check_budget(corpus: Corpus, total: int, reasons: Mapping[str, int]) -> None:
+    """DataError where more rows are set aside than `max_quarantined` allows; repeated texts are not counted."""
+    counted = {reason: count for reason, count in reasons.items() if reason != "duplicate_text" and count}
+    allowed = max(ALWAYS_ALLOWED, int(corpus.max_quarantined * total))
+    if sum(counted.values()) > allowed:
+        raise DataError(
+            f"{sum(counted.values())} of {total} rows cannot be used ({listed(counted)}), {allowed} are allowed; "
+            "mend the corpus or raise corpus.max_quarantined"
+        )
+
+
+def listed(reasons: Mapping[str, int]) -> str:
+    """Reasons and counts on one line."""
+    return ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))

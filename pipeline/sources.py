@@ -1,0 +1,385 @@
+"""Corpus files: which ones a source means, and their rows in batches, whatever the format.
+
+A row that cannot be parsed is reported in place (`RawBatch.bad`) and costs its neighbours nothing; a file
+that cannot be read is a DataError. Nothing here holds more than a batch.
+"""
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.arrow import ArrowFSWrapper
+from pyarrow import fs
+
+from pipeline import docstrings, store
+from pipeline.errors import DataError, SpecError, StaleError
+
+SUFFIXES = {
+    ".parquet": "parquet", ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".jsonl.zst": "jsonl",
+    ".csv": "csv", ".txt": "txt", ".lance": "lance",
+}  # fmt: skip
+STDLIB = "docstrings:stdlib"
+BATCH_ROWS = 4096
+PEEK_ROWS = 1000
+"""JSON rows looked at for column names before the scan reads them all."""
+
+Column: TypeAlias = Any
+"""list[Any] from line formats, pa.Array from Arrow ones (pyarrow has no types to check)"""
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of the corpus; `stamp` changes when its content does (mtime, or version)."""
+
+    path: str
+    kind: str
+    size: int
+    stamp: str
+
+
+@dataclass(frozen=True)
+class RawBatch:
+    """Rows start … start + count of a file; `bad` maps positions in the batch to why they did not parse."""
+
+    start: int
+    count: int
+    columns: dict[str, Column]
+    bad: dict[int, str]
+
+
+def resolve(source: Sequence[str]) -> list[SourceFile]:
+    """The files that a source means, in order of path within each entry, none twice.
+
+    Raises SpecError where an entry matches nothing or names an unknown format.
+    """
+    found: dict[str, SourceFile] = {}
+    for entry in source:
+        for file in _resolve_one(entry):
+            found.setdefault(file.path, file)
+    return list(found.values())
+
+
+def _resolve_one(entry: str) -> list[SourceFile]:
+    if entry == STDLIB:
+        return [SourceFile(STDLIB, "docstrings", 0, docstrings.stamp())]
+    if entry.startswith("docstrings:"):
+        raise SpecError(f"corpus.source: unknown corpus {entry!r}; there is {STDLIB}")
+    filesystem, path, scheme = _locate(entry)
+    wrapper = ArrowFSWrapper(filesystem)
+    try:
+        if any(character in path for character in "*?["):
+            paths = [str(name).rstrip("/") for name in wrapper.glob(path)]
+            paths = [name for name in paths if _kind(name) and not _hidden(name)]
+        elif filesystem.get_file_info(path).type == fs.FileType.Directory and _kind(path) != "lance":
+            paths = [str(name) for name in wrapper.find(path, withdirs=True)]
+            paths = [name for name in paths if _kind(name) and not _hidden(name.removeprefix(path))]
+        else:
+            paths = [path]
+    except OSError as error:
+        raise SpecError(f"corpus.source: cannot list {entry!r}: {error}") from None
+    paths = sorted(name for name in paths if not _inside_lance(name))
+    infos = filesystem.get_file_info(paths)
+    files = [_file(info, scheme) for info in infos if info.type != fs.FileType.NotFound and _wanted(info)]
+    if not files:
+        raise SpecError(f"corpus.source: {entry!r} matches no file; formats: {' '.join(SUFFIXES)}")
+    return files
+
+
+def _wanted(info: fs.FileInfo) -> bool:
+    kind = _kind(info.path)
+    if kind is None:
+        raise SpecError(f"corpus.source: {info.path!r} has no known format; formats: {' '.join(SUFFIXES)}")
+    return bool((kind == "lance") == (info.type == fs.FileType.Directory))
+
+
+def _file(info: fs.FileInfo, scheme: str) -> SourceFile:
+    kind, path = str(_kind(info.path)), scheme + info.path
+    if kind == "lance":
+        try:
+            table = store.open_table(path)
+        except StaleError as error:
+            raise DataError(f"corpus.source: cannot read {path}: {error}") from None
+        return SourceFile(path, kind, store.data_bytes(table), f"version {table.version} of {path}")
+    return SourceFile(path, kind, int(info.size), str(info.mtime_ns))
+
+
+def _locate(entry: str) -> tuple[fs.FileSystem, str, str]:
+    """File system, path on it, and what to put before a path to name the file again."""
+    if "://" not in entry:
+        return (
+            fs.LocalFileSystem(),
+            str(fs.LocalFileSystem().normalize_path(str(Path(entry).expanduser().absolute()))),
+            "",
+        )
+    try:
+        filesystem, path = fs.FileSystem.from_uri(entry)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise SpecError(f"corpus.source: cannot open {entry!r}: {error}") from None
+    return filesystem, path, "" if entry.startswith("file://") else entry.split("://")[0] + "://"
+
+
+def _kind(path: str) -> str | None:
+    for suffix in sorted(SUFFIXES, key=len, reverse=True):
+        if path.lower().endswith(suffix):
+            return SUFFIXES[suffix]
+    return None
+
+
+def _hidden(path: str) -> bool:
+    return any(part.startswith((".", "_")) for part in path.rsplit("/", 1)[-1:])
+
+
+def _inside_lance(path: str) -> bool:
+    return ".lance/" in path
+
+
+def column_names(file: SourceFile) -> list[str]:
+    """Names of a file's columns; for JSON those of the first rows. DataError where it cannot be read."""
+    with _reading(file):
+        if file.kind == "docstrings":
+            return ["id", "title", "text", "module"]
+        if file.kind == "txt":
+            return ["text"]
+        if file.kind == "parquet":
+            return list(_parquet(file).schema_arrow.names)
+        if file.kind == "lance":
+            return list(store.open_table(file.path).schema.names)
+        if file.kind == "csv":
+            with _open(file) as stream:
+                return next(_csv_rows(stream), [])
+        names: dict[str, None] = {}
+        for number, row in enumerate(_records(file)):
+            if number == PEEK_ROWS:
+                break
+            if isinstance(row, dict):
+                names.update(dict.fromkeys(row))
+        return list(names)
+
+
+class Reader:
+    """Reads ranges of rows; a line format is read onward when the next range begins where the last one ended."""
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        self._columns = list(columns)
+        self._at: tuple[str, int, Iterator[Any]] | None = None
+
+    def read(self, file: SourceFile, start: int = 0, stop: int | None = None) -> Iterator[RawBatch]:
+        """Rows start … stop (None: to the end) in batches. DataError where the file cannot be read."""
+        with _reading(file):
+            if file.kind == "parquet":
+                yield from self._parquet(file, start, stop)
+            elif file.kind == "lance":
+                yield from self._lance(file, start, stop)
+            else:
+                yield from self._lines(file, start, stop)
+
+    def _parquet(self, file: SourceFile, start: int, stop: int | None) -> Iterator[RawBatch]:
+        parquet = _parquet(file)
+        first, wanted = 0, []
+        skipped: int | None = None
+        for group in range(parquet.num_row_groups):
+            rows = parquet.metadata.row_group(group).num_rows
+            if first + rows > start and (stop is None or first < stop):
+                skipped = first if skipped is None else skipped
+                wanted.append(group)
+            first += rows
+        batches = parquet.iter_batches(BATCH_ROWS, row_groups=wanted, columns=self._columns) if wanted else iter(())
+        yield from self._arrow(batches, skipped or 0, start, stop)
+
+    def _lance(self, file: SourceFile, start: int, stop: int | None) -> Iterator[RawBatch]:
+        table = store.open_table(file.path)
+        limit = None if stop is None else stop - start
+        batches = table.scanner(columns=self._columns, offset=start, limit=limit, batch_size=BATCH_ROWS).to_batches()
+        yield from self._arrow(batches, start, start, stop)
+
+    def _arrow(
+        self, batches: Iterator[pa.RecordBatch], position: int, start: int, stop: int | None
+    ) -> Iterator[RawBatch]:
+        for batch in batches:
+            low = max(start - position, 0)
+            high = batch.num_rows if stop is None else min(stop - position, batch.num_rows)
+            if high > low:
+                part = batch.slice(low, high - low)
+                columns: dict[str, Column] = {name: _plain(part.column(name)) for name in self._columns}
+                yield RawBatch(position + low, part.num_rows, columns, {})
+            position += batch.num_rows
+
+    def _lines(self, file: SourceFile, start: int, stop: int | None) -> Iterator[RawBatch]:
+        if self._at is None or self._at[0] != file.path or self._at[1] > start:
+            self._at = (file.path, 0, _records(file))
+        _, position, records = self._at
+        self._at = None  # until this range is read to its end
+        for _ in range(start - position):
+            if next(records, None) is None:
+                return
+        position = start
+        ended = False
+        while not ended and (stop is None or position < stop):
+            size = BATCH_ROWS if stop is None else min(BATCH_ROWS, stop - position)
+            rows: list[Any] = []
+            while len(rows) < size:
+                row = next(records, None)
+                if row is None:
+                    ended = True
+                    break
+                rows.append(row)
+            if rows:
+                yield self._batch(position, rows)
+            position += len(rows)
+        if not ended:
+            self._at = (file.path, position, records)
+
+    def _batch(self, start: int, rows: list[Any]) -> RawBatch:
+        bad = {number: row for number, row in enumerate(rows) if isinstance(row, str)}
+        columns: dict[str, Column] = {
+            name: [None if isinstance(row, str) else row.get(name) for row in rows] for name in self._columns
+        }
+        return RawBatch(start, len(rows), columns, bad)
+
+
+class _reading:
+    """Turns whatever a broken file raises into one DataError that names it."""
+
+    def __init__(self, file: SourceFile) -> None:
+        self.file = file
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, pa.ArrowException | OSError | EOFError | gzip.BadGzipFile):
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise DataError(f"cannot read {self.file.path}: {reason}; mend the file or leave it out") from None
+
+
+def content_digest(file: SourceFile) -> str:
+    """sha256 of a file's bytes."""
+    filesystem, path, _ = _locate(file.path)
+    with _reading(file), filesystem.open_input_stream(path, compression=None) as stream:
+        digest = hashlib.sha256()
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _open(file: SourceFile) -> IO[bytes]:
+    filesystem, path, _ = _locate(file.path)
+    compression = {".gz": "gzip", ".zst": "zstd"}.get("." + path.lower().rpartition(".")[2])
+    return io.BufferedReader(filesystem.open_input_stream(path, compression=compression), 1 << 20)
+
+
+def _parquet(file: SourceFile) -> pq.ParquetFile:
+    filesystem, path, _ = _locate(file.path)
+    return pq.ParquetFile(filesystem.open_input_file(path))
+
+
+def _plain(column: pa.Array) -> pa.Array:
+    """Dictionaries and wide or view strings as plain ones."""
+    return column.cast(plain_type(column.type)) if column.type != plain_type(column.type) else column
+
+
+def plain_type(kind: pa.DataType) -> pa.DataType:
+    """The type that a column of `kind` is read as."""
+    if pa.types.is_dictionary(kind):
+        return plain_type(kind.value_type)
+    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return pa.string()
+    if pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
+        return pa.binary()
+    return kind
+
+
+def _records(file: SourceFile) -> Iterator[Any]:
+    """Rows of a line format as dictionaries; a string in place of one says why it did not parse."""
+    if file.kind == "docstrings":
+        yield from docstrings.stdlib()
+        return
+    with _open(file) as stream:
+        if file.kind == "csv":
+            yield from _csv_records(stream)
+        elif file.kind == "txt":
+            for line in _text(stream):
+                yield {"text": line.rstrip("\r\n")}
+        else:
+            for line in _text(stream):
+                if line.strip():
+                    yield _json_record(line)
+
+
+def _text(stream: IO[bytes]) -> io.TextIOWrapper:
+    """UTF-8 text; bytes that are none become lone surrogates, which cleaning counts and replaces."""
+    return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
+
+
+def _json_record(line: str) -> dict[str, Any] | str:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return f"not JSON: {error}"
+    return row if isinstance(row, dict) else f"a JSON {type(row).__name__}, not an object"
+
+
+def _csv_rows(stream: IO[bytes]) -> Iterator[list[str]]:
+    csv.field_size_limit(sys.maxsize)
+    return csv.reader(io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=""), strict=True)
+
+
+def _csv_records(stream: IO[bytes]) -> Iterator[dict[str, str] | str]:
+    rows = _csv_rows(stream)
+    header = next(rows, [])
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield f"not CSV: {error}"
+            continue
+        if len(row) == len(header):
+            yield dict(zip(header, row, strict=True))
+        elif row:  # csv gives [] for an empty line, which is no row
+            yield f"{len(row)} fields where the header has {len(header)}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows start … stop of a file; `first_row` is the row number of the first of them."""
+
+    file: SourceFile
+    start: int
+    stop: int
+    first_row: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A unit of work: a range of the corpus. `dropped` are rows that repeat an earlier text."""
+
+    number: int
+    first_row: int
+    rows: int
+    parts: tuple[Part, ...]
+    dropped: frozenset[int] = frozenset()
+
+    @property
+    def name(self) -> str:
+        """Name of its record."""
+        return f"{self.number:07d}"
+
+
+def footer_rows(file: SourceFile) -> int | None:
+    """Rows of a file where its footer tells them."""
+    with _reading(file):
+        if file.kind == "parquet":
+            return int(_parquet(file).metadata.num_rows)
+        return int(store.open_table(file.path).count_rows()) if file.kind == "lance" else None
+    return None

@@ -1,0 +1,372 @@
+"""The job spec: YAML in, frozen models out, checked once at the door.
+
+A field's default stands here and nowhere else. `schemas/job.schema.json` is generated from these models.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from pipeline.errors import SpecError
+from pipeline.vectors import Precision, bytes_per_row
+
+Auto = Literal["auto"]
+IndexKind = Literal["auto", "none", "ivf_flat", "ivf_sq", "ivf_rq", "hnsw_sq"]
+RESERVED_COLUMNS = ("row", "id", "text", "text_digest", "vector", "score", "rank", "query")
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_listed)]
+
+
+class Section(BaseModel):
+    """A part of a spec: frozen, unknown fields refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Corpus(Section):
+    """Where the rows come from and which columns are used."""
+
+    source: Names = Field(min_length=1, description="file, folder, glob or URI, or a list; docstrings:stdlib")
+    id: str | None = Field(None, description="id column; null: a hash of the text")
+    text: Names = Field(min_length=1, description="text column, or several joined by a newline")
+    keep: Names = Field((), description="columns carried to `documents` only")
+    filter: Names = Field((), description="columns carried to every table, usable in `where`")
+    keep_text: bool = Field(True, description="false: `documents` has no text column")
+    shard_rows: Auto | Annotated[int, Field(ge=1)] = Field("auto", description="rows per unit of work")
+    max_quarantined: float = Field(0.01, ge=0, le=1, description="share of rows; 10 rows are always allowed")
+
+    @model_validator(mode="after")
+    def _columns_are_distinct(self) -> Self:
+        carried = [*self.keep, *self.filter]
+        for name in carried:
+            if name in RESERVED_COLUMNS or name.startswith("_"):
+                raise ValueError(
+                    f"column {name!r} cannot be carried: {', '.join(RESERVED_COLUMNS)} and names that begin "
+                    "with '_' are reserved; rename it in the corpus"
+                )
+            if not re.fullmatch(r"[^\x00-\x1f`\".]+", name):
+                raise ValueError(f"column {name!r} cannot be carried: quotes, dots and control characters")
+        if len(set(carried)) < len(carried):
+            raise ValueError("a column stands twice in keep and filter; list it once")
+        return self
+
+
+class Prompts(Section):
+    """Put before each text; null takes the model's own prompt where it has one."""
+
+    document: str | None = None
+    query: str | None = None
+
+
+class Model(Section):
+    """The embedding model and how it is run."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    name: str = Field(min_length=1, description="a local folder, the packaged offline model, or a hub id")
+    revision: str | None = Field(None, description="required for a hub id: a commit, so that it cannot move")
+    backend: Literal["auto", "torch"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto probes this machine")
+    min_cosine: float = Field(0.9999, ge=0, le=1, description="what `auto` may lose against float32")
+    max_tokens: int | None = Field(None, ge=1, description="null: the model's own limit")
+    batch_tokens: Auto | Annotated[int, Field(ge=1)] = Field("auto", description="tokens per batch, padding included")
+    prompts: Prompts = Prompts()
+    matryoshka_dims: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        None, description="what the model was trained for; null: its config"
+    )
+
+
+class Embed(Section):
+    """How full vectors are stored."""
+
+    vectors: Literal["float16", "float32"] = "float16"
+    parquet: bool = Field(False, description="also write parquet/documents/*.parquet")
+
+
+class Transform(Section):
+    """What is applied before truncating."""
+
+    kind: Literal["auto", "none", "pca"] = Field("auto", description="auto: none for a declared Matryoshka model")
+    sample_rows: int = Field(100_000, ge=1, description="rows that fitting looks at, chosen by seed")
+
+
+class PrefixIndex(Section):
+    """The ANN index of one prefix table."""
+
+    kind: IndexKind = Field("auto", description="auto: IVF_RQ for float16, IVF_FLAT for binary, from index.min_rows")
+    bits: Literal[1, 2, 4, 8] | None = Field(None, description="ivf_rq only; null: 4")
+
+    @model_validator(mode="after")
+    def _bits_belong_to_rq(self) -> Self:
+        if self.bits is not None and self.kind != "ivf_rq":
+            raise ValueError(f"bits is for kind: ivf_rq, not {self.kind}")
+        return self
+
+
+class Prefix(Section):
+    """One derived table: how many dimensions, stored how."""
+
+    dim: int = Field(ge=1)
+    precision: Precision
+    index: PrefixIndex = PrefixIndex()
+
+    @property
+    def table(self) -> str:
+        """Name of the table."""
+        return f"prefix_{self.dim}_{self.precision}"
+
+    @property
+    def bytes_per_row(self) -> int:
+        """Bytes of one stored vector."""
+        return bytes_per_row(self.dim, self.precision)
+
+    @model_validator(mode="after")
+    def _storage_can_hold_it(self) -> Self:
+        if self.precision == "binary" and self.dim % 8:
+            raise ValueError(f"binary packs 8 dimensions into a byte; dim must be a multiple of 8, not {self.dim}")
+        if self.precision == "int8" and self.index.kind not in ("auto", "none"):
+            raise ValueError("LanceDB cannot index int8; use kind: none, or precision: float16")
+        if self.precision == "binary" and self.index.kind not in ("auto", "none", "ivf_flat"):
+            raise ValueError(f"LanceDB indexes binary with ivf_flat only, not {self.index.kind}")
+        if self.index.kind == "ivf_rq" and self.dim % 8:
+            raise ValueError(f"ivf_rq needs a multiple of 8 dimensions, not {self.dim}")
+        return self
+
+
+class Index(Section):
+    """When ANN indexes are built."""
+
+    min_rows: int = Field(100_000, ge=1, description="below it `auto` builds none")
+
+
+class Level(Section):
+    """One pass of the cascade."""
+
+    table: str
+    shortlist: int = Field(ge=1)
+
+
+class Search(Section):
+    """How queries are answered."""
+
+    cascade: tuple[Level, ...] | None = Field(
+        None, description="coarse to fine; null: the smallest table, shortlist max(200, 20 k); [] is exact"
+    )
+    examples: Names = Field((), description="queries whose top hits are shown when a run ends")
+
+
+class Evaluate(Section):
+    """How recall and nDCG are measured."""
+
+    queries: str | None = Field(None, description="_id, text; null: 500 seeded corpus rows")
+    qrels: str | None = Field(None, description="query_id, corpus_id, score")
+    k: int = Field(10, ge=1)
+    floor: dict[Literal["recall_exact", "recall", "ndcg", "mrr"], Annotated[float, Field(ge=0, le=1)]] = Field(
+        {}, description="the least the cascade must reach; a miss is exit 6"
+    )
+
+    @model_validator(mode="after")
+    def _judgements_fit(self) -> Self:
+        if self.qrels and not self.queries:
+            raise ValueError("qrels need queries; name their file too")
+        needs = sorted(set(self.floor) - {"recall_exact"})
+        if needs and not self.qrels:
+            raise ValueError(f"a floor on {', '.join(needs)} needs qrels")
+        return self
+
+
+class Workers(Section):
+    """Who does the work."""
+
+    count: Auto | Annotated[int, Field(ge=0)] = Field(
+        "auto", description="auto: one per GPU, else one per four cores; 0: in this process, without Ray"
+    )
+    gpus: Auto | Annotated[float, Field(ge=0)] = Field("auto", description="GPUs per worker")
+    address: str | None = Field(None, description="a Ray cluster; null: started here")
+
+
+class JobSpec(Section):
+    """A whole job."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="letters, digits, . _ -")
+    root: str = Field(min_length=1, description="a folder; all that the job writes lies below it")
+    seed: int = Field(0, ge=0)
+    corpus: Corpus
+    model: Model
+    embed: Embed = Embed()
+    transform: Transform = Transform()
+    prefixes: tuple[Prefix, ...] = Field(min_length=1)
+    index: Index = Index()
+    search: Search = Search()
+    evaluate: Evaluate = Evaluate()
+    workers: Workers = Workers()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        tables = [prefix.table for prefix in self.prefixes]
+        for table in tables:
+            if tables.count(table) > 1:
+                raise ValueError(f"prefixes: {table} stands twice; (dim, precision) must be unique")
+        check_cascade([(level.table, level.shortlist) for level in self.search.cascade or ()], tables)
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """Read a YAML file, apply `path.to.field=value` overrides, check everything.
+
+        Raises SpecError, which names the file, the field, what was given and what is allowed.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not UTF-8 text"
+            raise SpecError(f"cannot read the job spec {path}: {reason}") from None
+        values = _parse(text, str(path))
+        if not isinstance(values, dict):
+            raise SpecError(f"{path}: a job spec is a mapping that begins with `name:`, not {type(values).__name__}")
+        for override in overrides:
+            _override(values, override)
+        return cls.of(values, str(path))
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], origin: str = "spec") -> Self:
+        """Check plain values; SpecError begins with `origin`."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise SpecError(f"{origin}: {_explain(cls, error)}") from None
+
+
+def check_cascade(levels: Sequence[tuple[str, int]], tables: Sequence[str]) -> None:
+    """Raise ValueError where a level names no table or a shortlist rises."""
+    for number, (table, shortlist) in enumerate(levels):
+        if table not in tables:
+            raise ValueError(f"cascade: no table {table!r}{_nearest(table, tables)}; tables: {', '.join(tables)}")
+        if number and shortlist > levels[number - 1][1]:
+            raise ValueError(
+                f"cascade: shortlist rises from {levels[number - 1][1]} to {shortlist} at {table}; "
+                "each level must keep at most what the one before found"
+            )
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which a repeated key is an error, not a silent choice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _parse(text: str, origin: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        raise SpecError(f"{origin}: not valid YAML{where}: {getattr(error, 'problem', None) or error}") from None
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise SpecError(f"--set {override!r}: write path.to.field=value, for example --set workers.count=2")
+    target: Any = values
+    for key in keys[:-1]:
+        if isinstance(target, list) and key.isdigit() and int(key) < len(target):
+            target = target[int(key)]
+        elif isinstance(target, dict):
+            target = target.setdefault(key, {})
+            if target is None:
+                raise SpecError(f"--set {override!r}: {key} is null in the spec")
+        else:
+            raise SpecError(f"--set {override!r}: there is nothing below {key!r}")
+    value = _parse(text, f"--set {override!r}")
+    if isinstance(target, list) and keys[-1].isdigit() and int(keys[-1]) < len(target):
+        target[int(keys[-1])] = value
+    elif isinstance(target, dict):
+        target[keys[-1]] = value
+    else:
+        raise SpecError(f"--set {override!r}: there is no field {keys[-1]!r} in {'.'.join(keys[:-1])}")
+
+
+def _explain(model: type[BaseModel], error: ValidationError) -> str:
+    """The first problem in one sentence, and how many more there are."""
+    # pydantic also calls a list too short when one of its items is wrong.
+    problems = [p for p in error.errors(include_url=False) if not (p["type"] == "too_short" and p["input"])]
+    # A union reports one problem per member; the path up to the member is the field.
+    places = {_path(problem) for problem in problems}
+    first = _sentence(model, problems[0], [p for p in problems if _path(p) == _path(problems[0])])
+    more = len(places) - 1
+    return first + (f" (and {more} more problem{'s' if more > 1 else ''})" if more else "")
+
+
+def _path(problem: ErrorDetails) -> str:
+    parts = [
+        part for part in problem["loc"] if not (isinstance(part, str) and re.search(r"[\[\]-]|^int$|^float$", part))
+    ]
+    while parts and parts[-1] in ("auto",):
+        parts.pop()
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
+
+
+def _sentence(model: type[BaseModel], problem: ErrorDetails, same: Sequence[ErrorDetails]) -> str:
+    path, given = _path(problem), problem["input"]
+    if problem["type"] == "extra_forbidden":
+        known = _fields(model, problem["loc"][:-1])
+        name = str(problem["loc"][-1])
+        return f"unknown field {path}{_nearest(name, known)}; allowed here: {', '.join(known)}"
+    if problem["type"] == "missing":
+        return f"the field {path} is missing"
+    if problem["type"] == "value_error":
+        return (f"{path}: " if path else "") + problem["msg"].removeprefix("Value error, ")
+    wanted = " or ".join(dict.fromkeys(_wanted(one) for one in same))
+    choices = [choice for one in same for choice in re.findall(r"'([^']+)'", one.get("ctx", {}).get("expected", ""))]
+    return f"{path}: {wanted}, given {_shown(given)}{_nearest(str(given), choices)}"
+
+
+def _wanted(problem: ErrorDetails) -> str:
+    return re.sub(r"^(Input|Tuple|String|Value) should", "must", problem["msg"].replace(" after validation", ""))
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _fields(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:
+    """Names of the fields of the section at `path`."""
+    for part in path:
+        if isinstance(part, str) and part in model.model_fields:
+            found = _section(model.model_fields[part].annotation)
+            model = found or model
+    return list(model.model_fields)
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in get_args(annotation):
+        if (found := _section(inner)) is not None:
+            return found
+    return None

@@ -1,0 +1,127 @@
+"""Vector maths, once for corpus and queries: unit length, truncation, codecs, top k.
+
+Everything here is a pure function of NumPy arrays; rows are vectors. The order is fixed:
+transform, truncate (which includes unit length), encode.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Matrix = NDArray[Any]
+Precision = Literal["float32", "float16", "int8", "binary"]
+
+MIN_NORM = 1e-12
+"""Below this length a vector has no direction (float32 squares underflow near 1e-23)."""
+
+
+def unit(vectors: Matrix) -> Matrix:
+    """Bring each row to length 1, in float32; rows shorter than `MIN_NORM` stay as they are."""
+    vectors = np.asarray(vectors, dtype=np.float32)
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.where(norms < MIN_NORM, np.float32(1), norms)
+
+
+def truncate(vectors: Matrix, dim: int) -> Matrix:
+    """Keep the first `dim` numbers of each row and bring it back to length 1.
+
+    Raises ValueError where `dim` is not within 1 … the rows' own dimension.
+    """
+    if not 1 <= dim <= vectors.shape[1]:
+        raise ValueError(f"cannot keep {dim} of {vectors.shape[1]} dimensions")
+    return unit(vectors[:, :dim])
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How a prefix (unit float32 rows) is stored, and how stored codes are scored.
+
+    `scale` (int8 only) is float32[dim]; `rotation` (binary only) is float32[dim, dim] or None
+    for the identity.
+    """
+
+    kind: Precision
+    scale: Matrix | None = None
+    rotation: Matrix | None = None
+
+    def encode(self, prefix: Matrix) -> Matrix:
+        """Codes of unit rows: float16/float32[n, dim], int8[n, dim] or uint8[n, dim / 8]."""
+        if self.kind == "int8":
+            assert self.scale is not None
+            return np.clip(np.rint(prefix / self.scale), -127, 127).astype(np.int8)
+        if self.kind == "binary":
+            return np.packbits(self._rotate(prefix) > 0, axis=-1)
+        return prefix.astype(self.kind)
+
+    def scores(self, queries: Matrix, codes: Matrix) -> Matrix:
+        """Similarity of unit query prefixes [q, dim] to codes [n, …], float32[q, n], higher is better.
+
+        The dot product; for binary its symmetric stand-in, 1 - 2 * hamming / dim.
+        """
+        if self.kind == "int8":
+            assert self.scale is not None
+            return (queries * self.scale) @ codes.astype(np.float32).T
+        if self.kind == "binary":
+            signs = self._signs(np.packbits(self._rotate(queries) > 0, axis=-1))
+            return (signs @ self._signs(codes).T) / np.float32(signs.shape[1])
+        return queries @ codes.astype(np.float32).T
+
+    def clipped_share(self, prefix: Matrix) -> float:
+        """Share of numbers that int8 cuts off at ±127; 0.0 for the other kinds."""
+        if self.scale is None or not prefix.size:
+            return 0.0
+        return float((np.abs(np.rint(prefix / self.scale)) > 127).mean())
+
+    def _rotate(self, prefix: Matrix) -> Matrix:
+        return prefix if self.rotation is None else prefix @ self.rotation
+
+    @staticmethod
+    def _signs(codes: Matrix) -> Matrix:
+        return np.unpackbits(codes, axis=1).astype(np.float32) * 2 - 1
+
+
+def int8_scale(largest: Matrix) -> Matrix:
+    """One step per dimension so that `largest` (float[dim], absolute values) maps to 127.
+
+    Rounded up to five significant digits: the table's metadata stays short and the stored text
+    is exactly the number that encoded.
+    """
+    step = np.maximum(np.asarray(largest, dtype=np.float64), 1e-6) / 127
+    digit = 10.0 ** (np.floor(np.log10(step)) - 4)
+    return (np.ceil(step / digit - 1e-9) * digit).astype(np.float32)
+
+
+def code_width(dim: int, precision: Precision) -> int:
+    """Numbers per stored row: dim, or dim / 8 bytes of packed bits."""
+    return dim // 8 if precision == "binary" else dim
+
+
+def code_dtype(precision: Precision) -> np.dtype[Any]:
+    """The element type of stored codes."""
+    return np.dtype({"binary": "uint8"}.get(precision, precision))
+
+
+def bytes_per_row(dim: int, precision: Precision) -> int:
+    """Bytes of one stored code."""
+    return code_width(dim, precision) * code_dtype(precision).itemsize
+
+
+def top(scores: Matrix, k: int) -> NDArray[np.int64]:
+    """Columns of the k highest float32 scores per row, best first, ties by lower column.
+
+    Score and column share one uint64 key, so that ties at the cut are settled exactly.
+    Shape [rows, min(k, columns)]; scores must be finite or -inf.
+    """
+    rows, columns = scores.shape
+    k = min(k, columns)
+    bits = np.ascontiguousarray(scores + np.float32(0), dtype=np.float32).view(np.uint32)
+    ascending = np.where(bits >> 31, ~bits, bits | np.uint32(0x80000000)).astype(np.uint64)
+    last_first = np.uint64(columns) - np.arange(1, columns + 1, dtype=np.uint64)
+    keys = (ascending << np.uint64(32)) | last_first
+    if k < columns:
+        keys = np.partition(keys, columns - k, axis=1)[:, columns - k :]
+    keys = np.sort(keys, axis=1)[:, ::-1]
+    picked: NDArray[np.int64] = columns - 1 - (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
+    return picked

@@ -1,0 +1,259 @@
+"""Who does the work: Ray actors that pull items, or this process. The only importer of ray.
+
+A handler is built once per worker by `setup(threads)` and called with one item at a time; what it returns
+is small (a receipt). A worker that dies is replaced and its item tried again.
+"""
+
+import logging
+import os
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType, TracebackType
+from typing import Any, Protocol
+
+from pipeline.errors import PipelineError, SpecError
+from pipeline.spec import Workers
+
+log = logging.getLogger(__name__)
+
+CORES_PER_CPU_WORKER = 4
+"""Threads of one CPU worker where the machine has them (assumed: transformers scale well to four)."""
+MAX_TRIES = 3
+POLL_SECONDS = 1.0
+OBJECT_STORE_BYTES = 100 * 2**20
+"""Vectors never pass through the object store; receipts and samples fit."""
+
+
+@dataclass
+class Progress:
+    """What a worker has finished since it began; workers add up."""
+
+    rows: int = 0
+    tokens: int = 0
+
+
+class Handler(Protocol):
+    """What a worker runs. `progress`, where present, counts within an item."""
+
+    def __call__(self, item: Any, /) -> Any:
+        """Do one item."""
+
+
+Setup = Callable[[int], Handler]
+OnProgress = Callable[[Progress], None]
+
+
+class _Worker:
+    """One actor: builds its handler at the first item, so that errors there reach the driver as they are."""
+
+    def __init__(self, setup: Setup, threads: int) -> None:
+        self._setup, self._threads = setup, threads
+        self._handler: Handler | None = None
+
+    def run(self, item: Any) -> Any:
+        if self._handler is None:
+            self._handler = self._setup(self._threads)
+        return self._handler(item)
+
+    def progress(self) -> Progress:
+        return getattr(self._handler, "progress", Progress())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many workers, with how many threads and GPUs each."""
+
+    count: int
+    threads: int
+    gpus: float
+
+
+def plan(settings: Workers, cores: int, gpus: int) -> Plan:
+    """Size the workers to a machine or cluster: one per GPU, else one per four cores."""
+    each = (1.0 if gpus else 0.0) if settings.gpus == "auto" else float(settings.gpus)
+    if each > 0 and gpus == 0:
+        raise SpecError(f"workers.gpus: {each:g} per worker were asked for, no GPU is visible; use auto or 0")
+    if settings.count != "auto":
+        count = settings.count
+    elif each > 0:
+        count = max(1, int(gpus / each))
+    else:
+        count = max(1, cores // CORES_PER_CPU_WORKER)
+    if count and each * count > gpus > 0:
+        raise SpecError(f"workers: {count} workers with {each:g} GPUs each need more than the {gpus} visible")
+    return Plan(count, max(1, cores // max(count, 1)), each)
+
+
+class Pool:
+    """Workers of one run; Ray starts when the first team is needed, and ends only if it was started here."""
+
+    def __init__(self, settings: Workers) -> None:
+        self._settings = settings
+        self._ray: ModuleType | None = None
+        self._started_here = False
+        self._plan: Plan | None = None
+
+    def __enter__(self) -> "Pool":
+        """Nothing starts yet."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End what was started here."""
+        if self._ray is not None and self._started_here:
+            self._ray.shutdown()
+
+    @property
+    def plan(self) -> Plan:
+        """The sizes in force; starts Ray where it is used."""
+        if self._plan is None:
+            self._plan = self._start()
+            log.info("workers count=%d threads=%d gpus=%g", self._plan.count, self._plan.threads, self._plan.gpus)
+        return self._plan
+
+    def _start(self) -> Plan:
+        cores = len(os.sched_getaffinity(0))
+        if self._settings.count == 0:
+            return plan(self._settings, cores, 0 if self._settings.gpus == "auto" else 1)
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        import ray
+
+        self._ray = ray
+        if not ray.is_initialized():
+            address = self._settings.address
+            sizes = {} if address else {"num_cpus": cores, "object_store_memory": OBJECT_STORE_BYTES}
+            try:
+                with warnings.catch_warnings():  # Ray's children exec at once, so Lance's fork warnings do not apply
+                    warnings.filterwarnings("ignore", message=".*fork")
+                    ray.init(
+                        address=address or "local",
+                        include_dashboard=None if address else False,
+                        logging_level=logging.ERROR,
+                        log_to_driver=False,
+                        **sizes,
+                    )
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                raise PipelineError(f"cannot reach a Ray cluster at {address or 'local'}: {error}") from None
+            self._started_here = True
+        resources = ray.cluster_resources()
+        return plan(self._settings, int(resources.get("CPU", 1)), int(resources.get("GPU", 0)))
+
+    @contextmanager
+    def team(self, setup: Setup, on_progress: OnProgress | None = None, gpus: bool = False) -> "Iterator[Team]":
+        """Workers with one handler each; `gpus`: they need the GPUs of the plan."""
+        plan = self.plan
+        if self._ray is None:
+            yield LocalTeam(setup, plan, on_progress)
+            return
+        team = RayTeam(self._ray, setup, plan, on_progress, plan.gpus if gpus else 0)
+        try:
+            yield team
+        finally:
+            team.close()
+
+
+class Team(Protocol):
+    """Workers that hold the same kind of handler."""
+
+    def call(self, item: Any) -> Any:
+        """Do one item on one worker."""
+
+    def map(self, items: Sequence[Any]) -> Iterator[Any]:
+        """Do every item; results as they come."""
+
+
+class LocalTeam:
+    """The same work in this process, without Ray (`workers.count: 0`)."""
+
+    def __init__(self, setup: Setup, plan: Plan, on_progress: OnProgress | None) -> None:
+        self._worker, self._on_progress = _Worker(setup, plan.threads), on_progress
+
+    def call(self, item: Any) -> Any:
+        """Do one item."""
+        return self._worker.run(item)
+
+    def map(self, items: Sequence[Any]) -> Iterator[Any]:
+        """Do every item, in order."""
+        for item in items:
+            result = self._worker.run(item)
+            if self._on_progress:
+                self._on_progress(self._worker.progress())
+            yield result
+
+
+class RayTeam:
+    """Ray actors, one item in flight on each."""
+
+    def __init__(self, ray: ModuleType, setup: Setup, plan: Plan, on_progress: OnProgress | None, gpus: float) -> None:
+        self._ray, self._setup, self._plan, self._on_progress = ray, setup, plan, on_progress
+        # Two calls at once: the item, and questions about its progress.
+        self._remote = ray.remote(num_cpus=plan.threads, num_gpus=gpus, max_restarts=0, max_concurrency=2)(_Worker)
+        self._actors: list[Any] = []
+
+    def close(self) -> None:
+        """Free the actors' resources."""
+        for actor in self._actors:
+            self._ray.kill(actor)
+        self._actors = []
+
+    def call(self, item: Any) -> Any:
+        """Do one item on the first worker."""
+        return next(iter(self._run([item], 1)))
+
+    def map(self, items: Sequence[Any]) -> Iterator[Any]:
+        """Do every item; results as they come."""
+        return self._run(items, min(self._plan.count, len(items)))
+
+    def _run(self, items: Sequence[Any], count: int) -> Iterator[Any]:
+        waiting = deque((item, 1) for item in items)
+        while len(self._actors) < count:
+            self._actors.append(self._remote.remote(self._setup, self._plan.threads))
+        idle = deque(self._actors[:count])
+        busy: dict[Any, tuple[Any, Any, int]] = {}
+        while waiting or busy:
+            while waiting and idle:
+                actor, (item, tries) = idle.popleft(), waiting.popleft()
+                busy[actor.run.remote(item)] = (actor, item, tries)
+            ready, _ = self._ray.wait(list(busy), num_returns=1, timeout=POLL_SECONDS)
+            self._poll()
+            for reference in ready:
+                actor, item, tries = busy.pop(reference)
+                try:
+                    result = self._ray.get(reference)
+                except self._ray.exceptions.RayTaskError as error:
+                    cause = error.cause
+                    raise cause if isinstance(cause, PipelineError) else error from None
+                except self._ray.exceptions.RayActorError as error:
+                    log.warning("worker died try=%d item=%s", tries, getattr(item, "name", item))
+                    if tries == MAX_TRIES:
+                        raise PipelineError(
+                            f"a worker died {MAX_TRIES} times on {getattr(item, 'name', item)} "
+                            f"({str(error).splitlines()[0]}); run again to go on from the last finished shard"
+                        ) from None
+                    self._actors.remove(actor)
+                    self._actors.append(self._remote.remote(self._setup, self._plan.threads))
+                    idle.append(self._actors[-1])
+                    waiting.appendleft((item, tries + 1))
+                    continue
+                idle.append(actor)
+                yield result
+
+    def _poll(self) -> None:
+        if self._on_progress is None:
+            return
+        answers = [actor.progress.remote() for actor in self._actors]
+        done, _ = self._ray.wait(answers, num_returns=len(answers), timeout=POLL_SECONDS)
+        total = Progress()
+        for answer in done:
+            try:
+                part = self._ray.get(answer)
+            except self._ray.exceptions.RayError:
+                continue  # a dead worker is dealt with where its item is awaited
+            total.rows, total.tokens = total.rows + part.rows, total.tokens + part.tokens
+        if len(done) == len(answers):
+            self._on_progress(total)
