@@ -34,7 +34,7 @@ from pipeline.tables import (
     logical_digest,
     vector_array,
 )
-from pipeline.workers import OnProgress, Pool, Progress
+from pipeline.workers import OnProgress, Pool, Progress, peak_memory_bytes
 
 log = logging.getLogger(__name__)
 
@@ -274,6 +274,7 @@ class Embedder:
             "digest": logical_digest(table),
             "parquet": self._parquet(shard, table) if self._spec.embed.parquet else None,
             "seconds": round(time.perf_counter() - start, 3),
+            "peak_memory_bytes": peak_memory_bytes(),
             **{name: getattr(encoded, name) for name in COUNTERS},
         }
         return book.add(shard.name, record)
@@ -390,6 +391,7 @@ def _publish(
         "quarantined": dict(reasons),
         "repaired": sum(record["repaired"] for record in records),
         "seconds": round(sum(record["seconds"] for record in records), 3),
+        "peak_memory_bytes": max(record["peak_memory_bytes"] for record in records),
         "parquet": {record["parquet"]["path"]: record["parquet"]["sha256"] for record in records if record["parquet"]},
         **{name: sum(record[name] for record in records) for name in COUNTERS},
     }

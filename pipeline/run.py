@@ -20,7 +20,7 @@ from pipeline.errors import DataError, SpecError, StaleError
 from pipeline.search import Index
 from pipeline.spec import JobSpec
 from pipeline.tables import DOCUMENTS, FORMAT, PARAMETERS, Parent
-from pipeline.workers import Pool, Progress
+from pipeline.workers import Pool, Progress, peak_memory_bytes
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,15 @@ class _Run:
             shards = corpus.shards(scan, spec.corpus, root)
             full = embed.run(spec, self.folder, shards, self._corpus_fields(scan), scan.types, root, self.pool, tell)
         counters = full.counters
-        log.info("embed rows=%d cut_rows=%d cut_tokens=%d", full.rows, counters["cut_rows"], counters["cut_tokens"])
+        log.info(
+            "embed rows=%d tokens=%d cut_rows=%d cut_tokens=%d peak_worker_mb=%d peak_driver_mb=%d",
+            full.rows,
+            counters["tokens"],
+            counters["cut_rows"],
+            counters["cut_tokens"],
+            counters["peak_memory_bytes"] / 1e6,
+            peak_memory_bytes() / 1e6,
+        )
         if counters["renormalised"]:
             log.warning(
                 "embed %d vectors were not of length 1 and are now; dot-product scores are lost",
@@ -164,9 +172,7 @@ class _Run:
             if entry["rows"] != full.rows and name != PARAMETERS:
                 raise DataError(f"{name} has {entry['rows']} rows where documents has {full.rows}; delete the root")
         facts = full.facts
-        counters = {
-            name: full.counters[name] for name in ("tokens", "padded_tokens", "cut_rows", "cut_tokens", "seconds")
-        }
+        counters = {name: full.counters[name] for name in (*embed.COUNTERS, "seconds", "peak_memory_bytes")}
         return {
             "format": FORMAT,
             "spec": self.spec.model_dump(mode="json"),
@@ -208,7 +214,12 @@ class _Run:
             log.info("run nothing to do generation=%d", newest["generation"])
             return newest
         published = ledger.publish(self.root, candidate)
-        log.info("run published generation=%d root=%s", published["generation"], self.root)
+        log.info(
+            "run published generation=%d root=%s peak_driver_mb=%d",
+            published["generation"],
+            self.root,
+            peak_memory_bytes() / 1e6,
+        )
         return published
 
     def _keep_measured(self, data: bytes, measured: pl.DataFrame, newest: Mapping[str, Any] | None) -> None:

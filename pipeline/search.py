@@ -228,12 +228,12 @@ class Index:
     def _vectors(self, queries: str | Sequence[str] | Matrix) -> tuple[Matrix, bool]:
         """Unit float32 rows, and whether the caller asked with one bare query."""
         if isinstance(queries, str):
-            return self.embed([queries]), True
+            return self._checked(self.embed([queries]))[0], True
         if isinstance(queries, np.ndarray):
             return self._checked(queries)
         if not isinstance(queries, list | tuple) or not all(isinstance(query, str) for query in queries):
             raise QueryError("a query is a text, a list of texts, or a float array of shape (n, full_dim)")
-        return self.embed(list(queries)), False
+        return self._checked(self.embed(list(queries)))[0], False
 
     def _checked(self, array: Matrix) -> tuple[Matrix, bool]:
         full = self.documents.info.full_dim

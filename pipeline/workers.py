@@ -6,6 +6,9 @@ is small (a receipt). A worker that dies is replaced and its item tried again.
 
 import logging
 import os
+import resource
+import signal
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +36,11 @@ class Progress:
 
     rows: int = 0
     tokens: int = 0
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has held at once (resident)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 class Handler(Protocol):
@@ -127,6 +135,7 @@ class Pool:
         if not ray.is_initialized():
             address = self._settings.address
             sizes = {} if address else {"num_cpus": cores, "object_store_memory": OBJECT_STORE_BYTES}
+            on_sigterm = signal.getsignal(signal.SIGTERM)
             try:
                 with warnings.catch_warnings():  # Ray's children exec at once, so Lance's fork warnings do not apply
                     warnings.filterwarnings("ignore", message=".*fork")
@@ -139,6 +148,8 @@ class Pool:
                     )
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise PipelineError(f"cannot reach a Ray cluster at {address or 'local'}: {error}") from None
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_sigterm)  # Ray put its own in place
             self._started_here = True
         resources = ray.cluster_resources()
         return plan(self._settings, int(resources.get("CPU", 1)), int(resources.get("GPU", 0)))

@@ -17,7 +17,12 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
+from hypothesis import settings
+
 from pipeline.spec import JobSpec
+
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 DIM = 32
 WORDS = [f"w{number:03d}" for number in range(300)]

@@ -1,0 +1,79 @@
+"""Imports point down (README, "Layers"), and heavy packages load only where they are meant to."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "pipeline"
+LEVELS = [
+    {"errors", "vectors"},
+    {"transform", "filters"},
+    {"spec", "store", "docstrings", "tables"},
+    {"sources", "ledger", "encoders", "workers"},
+    {"rows"},
+    {"corpus", "embed", "fit", "derive", "index", "search"},
+    {"evaluate"},
+    {"run"},
+    {"cli"},
+]
+LEVEL = {module: number for number, level in enumerate(LEVELS) for module in level}
+ALLOWED = {
+    "ray": {"workers"},
+    "lancedb": {"index", "search", "store"},
+    "lance": {"index", "search", "store"},
+    "torch": {"encoders"},
+    "sentence_transformers": {"encoders"},
+    "transformers": {"encoders"},
+    "huggingface_hub": {"encoders"},
+}
+LATE = {"ray", "torch", "sentence_transformers", "transformers", "huggingface_hub"}
+"""Packages that may only be imported inside a function."""
+
+
+def files() -> list[Path]:
+    return [path for path in PACKAGE.rglob("*.py") if path.name not in ("__main__.py",)]
+
+
+def module_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom) and node.module == "pipeline":
+        return [f"pipeline.{alias.name}" for alias in node.names]
+    return [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """(imported name, whether at the top of the module)."""
+    tree = ast.parse(path.read_text())
+    top = {id(node) for node in tree.body}
+    return [(name, id(node) in top) for node in ast.walk(tree) for name in imported(node)]
+
+
+def test_every_module_has_a_level():
+    assert {module_of(path) for path in files()} - {"__init__"} == set(LEVEL)
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    mine = module_of(path)
+    for name, at_top in imports(path):
+        package, _, rest = name.partition(".")
+        if package == "pipeline" and mine != "__init__":
+            other = rest.split(".")[0]
+            assert other == mine or LEVEL[other] < LEVEL[mine], f"{mine} imports {other}"
+        if package in ALLOWED:
+            assert mine in ALLOWED[package], f"{mine} imports {package}"
+            assert not (package in LATE and at_top), f"{mine} imports {package} when it is loaded"
+
+
+def test_every_module_is_in_the_readme():
+    readme = (PACKAGE.parent / "README.md").read_text()
+    missing = [
+        path.name for path in files() if f"`{path.relative_to(PACKAGE)}`" not in readme and path.name != "__init__.py"
+    ]
+    assert not missing

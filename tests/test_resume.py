@@ -1,0 +1,237 @@
+"""Killed, interrupted, repeated, contested: the same tables come out, and nothing is done twice."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lance
+import polars as pl
+import pytest
+
+from pipeline import run
+from pipeline.errors import LockedError, StaleError
+from tests.conftest import corpus_frame
+
+SHARD_ROWS = 16
+ROWS = 1_600
+
+
+@pytest.fixture
+def big(tmp_path, job_file):
+    """A spec file of 100 small shards for real processes, and its root."""
+    path = tmp_path / "big.parquet"
+    corpus_frame(ROWS).write_parquet(path)
+    job = job_file(corpus__source=str(path), corpus__shard_rows=SHARD_ROWS, workers={"count": 1})
+    return job, tmp_path / "root"
+
+
+def start(job, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "run", str(job), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def records(root):
+    return {path.stem for path in (root / "_state" / "embed").glob("[0-9]*.json")}
+
+
+def wait_for(condition, seconds=60):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited too long"
+        time.sleep(0.005)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def documents(root):
+    return pl.from_arrow(lance.dataset(str(Path(root) / "lancedb" / "documents.lance")).to_table())
+
+
+def written_files(root):
+    return set((Path(root) / "lancedb" / "documents.lance" / "data").glob("*.lance"))
+
+
+def descendants(process):
+    """Ids of all processes below one, from /proc."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            parents[int(entry.name)] = int(fields[1])
+    found, grown = {process}, True
+    while grown:
+        more = {child for child, parent in parents.items() if parent in found} - found
+        found, grown = found | more, bool(more)
+    return found - {process}
+
+
+def actors(process):
+    """The job's own Ray workers that hold an actor."""
+    found = []
+    for child in descendants(process):
+        try:
+            title = Path(f"/proc/{child}/cmdline").read_bytes()
+        except OSError:
+            continue
+        if b"ray::_Worker" in title:
+            found.append(child)
+    return found
+
+
+def undisturbed(job, root):
+    """The same job in this process, elsewhere."""
+    from pipeline import JobSpec
+
+    golden = root.parent / "golden"
+    run(JobSpec.load(job, [f"root={golden}", "workers.count=0"]))
+    return golden
+
+
+def assert_same(root, golden):
+    assert documents(root).equals(documents(golden))
+    digests = [json.loads((Path(one) / "manifest.json").read_text())["tables"] for one in (root, golden)]
+    assert digests[0].keys() == digests[1].keys()
+    assert all(digests[0][name]["digest"] == digests[1][name]["digest"] for name in digests[0])
+
+
+def test_a_killed_driver_resumes_at_the_next_shard(big):
+    job, root = big
+    process = start(job)
+    wait_for(lambda: len(records(root)) >= 20)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    before = records(root)
+    assert 20 <= len(before) < ROWS // SHARD_ROWS
+    assert not (root / "manifest.json").exists()
+    code, _, err = finish(start(job))
+    assert code == 0, err
+    assert err.count("embed shard=") <= ROWS // SHARD_ROWS - len(before) + 1
+    assert_same(root, undisturbed(job, root))
+    assert len(written_files(root)) <= ROWS // SHARD_ROWS + 1  # at most the shard in flight was done again
+
+
+def test_a_killed_worker_is_replaced(big):
+    job, root = big
+    process = start(job)
+    wait_for(lambda: len(records(root)) >= 20 and actors(process.pid))
+    killed = actors(process.pid)
+    os.kill(killed[0], signal.SIGKILL)
+    at_kill = len(records(root))
+    code, _, err = finish(process)
+    assert code == 0, err
+    assert at_kill < ROWS // SHARD_ROWS
+    assert "worker died" in err
+    assert_same(root, undisturbed(job, root))
+    assert len(written_files(root)) <= ROWS // SHARD_ROWS + 1
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_run_with_its_code_and_a_way_on(big, number, code):
+    job, root = big
+    process = start(job)
+    wait_for(lambda: len(records(root)) >= 5)
+    asked = time.monotonic()
+    process.send_signal(number)
+    returned, _, err = finish(process)
+    assert returned == code
+    assert time.monotonic() - asked < 30
+    assert err.splitlines()[-1].startswith("error: interrupted; run the same command")
+    assert "Traceback" not in err
+
+
+def test_a_rerun_does_nothing_and_says_so(spec, job_file, capsys, monkeypatch):
+    from pipeline import cli
+
+    first = run(spec())
+    files = [path for path in Path(first["spec"]["root"]).rglob("*") if path.is_file() and path.parent.name != "_state"]
+    times = [path.stat().st_mtime_ns for path in files]
+    monkeypatch.setattr(sys, "argv", ["matryoshka", "run", str(job_file())])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    assert "Nothing left to do: generation 1" in capsys.readouterr().out
+    assert [path.stat().st_mtime_ns for path in files] == times
+
+
+def test_another_prefix_embeds_nothing_and_touches_no_other_table(spec, values):
+    first = run(spec())
+    embedded = records(Path(first["spec"]["root"]))
+    second = run(spec(prefixes=[*values()["prefixes"], {"dim": 8, "precision": "float32"}]))
+    assert second["generation"] == 2
+    assert records(Path(second["spec"]["root"])) == embedded
+    assert set(second["tables"]) - set(first["tables"]) == {"prefix_8_float32"}
+    assert all(second["tables"][name] == first["tables"][name] for name in first["tables"])
+
+
+@pytest.mark.parametrize(
+    ("field", "overrides"),
+    [
+        ("corpus.text", {"corpus__text": ["text"]}),
+        ("corpus.keep", {"corpus__keep": ["lang"]}),
+        ("corpus.shard_rows", {"corpus__shard_rows": 7}),
+        ("corpus.keep_text", {"corpus__keep_text": False}),
+        ("embed.vectors", {"embed__vectors": "float32"}),
+        ("embed.parquet", {"embed__parquet": True}),
+        ("model.prompts.document", {"model__prompts": {"document": "passage: "}}),
+        ("model.batch_tokens", {"model__batch_tokens": 77}),
+        ("corpus.id", {"corpus__id": None}),
+    ],
+)
+def test_other_settings_are_refused_by_name(spec, field, overrides):
+    run(spec())
+    with pytest.raises(StaleError, match=f"another {field}"):
+        run(spec(**overrides))
+
+
+def test_another_model_is_refused(spec, other_model):
+    run(spec())
+    with pytest.raises(StaleError, match=r"another model\.digest"):
+        run(spec(model={"name": str(other_model)}))
+
+
+def test_a_changed_corpus_is_refused(spec, corpus_file):
+    run(spec())
+    corpus_frame(121).write_parquet(corpus_file)
+    with pytest.raises(StaleError, match=r"another corpus\.rows: 120 then, 121 now \(also corpus\.digest\)"):
+        run(spec())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"corpus__max_quarantined": 0.5},
+        {"evaluate": {"k": 3}},
+        {"search": {"cascade": [{"table": "prefix_16_int8", "shortlist": 20}]}},
+        {"name": "other"},
+    ],
+)
+def test_settings_that_change_no_vector_are_accepted(spec, overrides):
+    first = run(spec())
+    second = run(spec(**overrides))
+    assert second["tables"] == first["tables"]
+
+
+def test_a_second_job_on_a_root_is_refused(spec, job_file, tmp_path):
+    from pipeline import store
+
+    run(spec())
+    with store.lock(tmp_path / "root"):
+        code, _, err = finish(start(job_file()))
+    assert code == 5
+    assert f"held by another job (process {os.getpid()} " in err.replace("\n", " ")
+    with store.lock(tmp_path / "root"), pytest.raises(LockedError), store.lock(tmp_path / "root"):
+        pass
