@@ -28,7 +28,7 @@ from pipeline.spec import JobSpec
 from pipeline.workers import Progress
 
 log = logging.getLogger(__name__)
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True, highlight=False)
 
@@ -37,6 +37,8 @@ JobOrRoot = Annotated[str, typer.Argument(help="path to a job spec, or a finishe
 Sets = Annotated[list[str] | None, typer.Option("--set", help="path.to.field=value; repeatable")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
+UsageError: Any = typer.BadParameter.__base__
+"""A call that does not parse; typer has it from click, or from a copy of its own."""
 WARN_SCAN_ROWS = 1_000_000
 PLAIN_SECONDS = 10.0
 """Between two progress lines where stderr is no terminal."""
@@ -52,7 +54,9 @@ def main() -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
-        app()
+        app(standalone_mode=False)
+    except UsageError as error:
+        sys.exit(_fail(f"{error.format_message()} See {_me()} --help.", 2))
     except PipelineError as error:
         sys.exit(_fail(str(error), error.exit_code))
     except Stopped as stop:

@@ -89,6 +89,8 @@ def check(corpus: Corpus) -> list[SourceFile]:
 
 def _check_columns(corpus: Corpus, file: SourceFile, first: bool) -> None:
     names = sources.column_names(file)
+    if first and not names:
+        raise DataError(f"{file.path} has no column: it is empty, or none of its rows can be read; leave it out")
     wanted = {"corpus.id": [corpus.id] if corpus.id else [], "corpus.text": corpus.text}
     wanted |= {"corpus.keep": corpus.keep, "corpus.filter": corpus.filter}
     for place, columns in wanted.items():
@@ -99,6 +101,8 @@ def _check_columns(corpus: Corpus, file: SourceFile, first: bool) -> None:
                 )
             if column not in names and file.kind != "jsonl":  # a JSON row may leave a field out
                 raise DataError(f"{file.path} has no column {column!r}, the first file has it; files must agree")
+            if names.count(column) > 1:
+                raise DataError(f"{file.path} has the column {column!r} twice; rename one")
 
 
 def _units(files: Sequence[SourceFile], corpus: Corpus) -> list[Unit]:

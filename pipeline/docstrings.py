@@ -26,7 +26,7 @@ def stdlib() -> tuple[Row, ...]:
         parts = path.relative_to(folder).with_suffix("").parts
         if LEFT_OUT.isdisjoint(parts):
             module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-            for name, line, text in _docstrings(path):
+            for line, name, text in sorted(_docstrings(path)):
                 full = f"{module}.{name}" if name else module
                 full = f"{full}@{line}" if full in seen else full
                 seen.add(full)
@@ -39,8 +39,8 @@ def stamp() -> str:
     return f"{sys.implementation.name} {sys.version} {sysconfig.get_paths()['stdlib']}"
 
 
-def _docstrings(path: Path) -> Iterator[tuple[str, int, str]]:
-    """(qualified name, line, docstring) of a file; a file that does not parse has none."""
+def _docstrings(path: Path) -> Iterator[tuple[int, str, str]]:
+    """(line, qualified name, docstring) of a file; a file that does not parse has none."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
@@ -51,7 +51,7 @@ def _docstrings(path: Path) -> Iterator[tuple[str, int, str]]:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)
             if text and len(text) >= MIN_CHARACTERS:
-                yield name, getattr(node, "lineno", 1), text
+                yield getattr(node, "lineno", 0), name, text
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 stack.append((f"{name}.{child.name}" if name else child.name, child))

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pyarrow as pa
 from ir_measures import RR, R, nDCG
 from numpy.typing import NDArray
 
-from pipeline.errors import DataError, FloorError, SpecError
+from pipeline.errors import DataError, FloorError, QueryError, SpecError
 from pipeline.search import Cascade, Index
 from pipeline.spec import Evaluate
 from pipeline.tables import vector_matrix
@@ -145,8 +146,8 @@ def _read(path: str, field: str, columns: Sequence[str]) -> pl.DataFrame:
     readers: dict[str, Callable[[Path], pl.DataFrame]] = {
         ".parquet": pl.read_parquet,
         ".jsonl": pl.read_ndjson,
-        ".csv": pl.read_csv,
-        ".tsv": _read_tsv,
+        ".csv": partial(pl.read_csv, infer_schema=False),
+        ".tsv": partial(pl.read_csv, infer_schema=False, separator="\t"),
     }
     if file.suffix not in readers:
         raise SpecError(f"{field}: {path} has no known format; use {', '.join(readers)}")
@@ -161,15 +162,25 @@ def _read(path: str, field: str, columns: Sequence[str]) -> pl.DataFrame:
     frame = frame.select(columns).with_columns(pl.col(ids).cast(pl.String))
     if not len(frame) or sum(frame.null_count().row(0)):
         raise DataError(f"{field}: {path} is empty or has nulls in {', '.join(columns)}")
-    if "score" in columns and not frame["score"].dtype.is_numeric():
-        raise DataError(f"{field}: {path} has scores that are no numbers")
-    if "_id" in columns and frame["_id"].n_unique() < len(frame):
+    return _checked_qrels(frame, field, path) if "score" in columns else _checked_queries(frame, field, path)
+
+
+def _checked_queries(frame: pl.DataFrame, field: str, path: str) -> pl.DataFrame:
+    if frame["_id"].n_unique() < len(frame):
         raise DataError(f"{field}: {path} has a query id twice")
+    if frame["text"].dtype != pl.String:
+        raise DataError(f"{field}: the text in {path} is {frame['text'].dtype}, not String")
+    blank = frame.filter(pl.col("text").str.strip_chars() == "")
+    if len(blank):
+        raise DataError(f"{field}: {path} has a blank text for query {blank['_id'][0]!r}")
     return frame
 
 
-def _read_tsv(file: Path) -> pl.DataFrame:
-    return pl.read_csv(file, separator="\t")
+def _checked_qrels(frame: pl.DataFrame, field: str, path: str) -> pl.DataFrame:
+    frame = frame.with_columns(pl.col("score").cast(pl.Float64, strict=False))
+    if not (frame["score"] % 1 == 0).fill_null(False).all():
+        raise DataError(f"{field}: {path} has scores that are no whole numbers")
+    return frame
 
 
 def _questions(settings: Evaluate, index: Index, seed: int) -> Questions:
@@ -182,7 +193,11 @@ def _questions(settings: Evaluate, index: Index, seed: int) -> Questions:
         qrels = _read(settings.qrels, "evaluate.qrels", ("query_id", "corpus_id", "score"))
         for query, document, score in qrels.iter_rows():
             judged.setdefault(query, {})[document] = int(score)
-    return Questions(queries["_id"].to_list(), index.embed(queries["text"].to_list()), None, judged)
+    try:
+        vectors = index.embed(queries["text"].to_list())
+    except QueryError as error:
+        raise DataError(f"evaluate.queries: {settings.queries}: {error}") from None
+    return Questions(queries["_id"].to_list(), vectors, None, judged)
 
 
 def _from_corpus(index: Index, seed: int) -> Questions:

@@ -5,6 +5,7 @@
 """
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,11 @@ def begun(root: Path) -> Record | None:
 
 def begin(root: Path, fingerprint: Mapping[str, Any]) -> Record:
     """Begin a root, or go on with it; StaleError where it was begun otherwise."""
-    store.create(root / "_state" / "job.json", store.to_json(dict(fingerprint)))
+    wanted = store.to_json(dict(fingerprint))
+    store.create(root / "_state" / "job.json", wanted)
     standing = begun(root)
     assert standing is not None
-    refuse_changes(root, standing, fingerprint)
+    refuse_changes(root, standing, json.loads(wanted))
     return standing
 
 
@@ -75,7 +77,7 @@ def refuse_changes(root: Path, standing: Mapping[str, Any], wanted: Mapping[str,
 
 
 def _shown(value: Any) -> str:
-    text = str(value)
+    text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 

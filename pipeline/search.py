@@ -172,10 +172,12 @@ class Index:
         if k < 1:
             raise QueryError(f"k must be at least 1, not {k}")
         try:
-            check_cascade(
-                [(str(table), int(size)) for table, size in cascade], [n for n in self.views if n != DOCUMENTS]
-            )
-        except (ValueError, TypeError) as error:
+            cascade = [(str(table), int(size)) for table, size in cascade]
+        except (ValueError, TypeError):
+            raise QueryError(f"a cascade is a list of (table, shortlist), not {cascade!r}") from None
+        try:
+            check_cascade(cascade, [name for name in self.views if name != DOCUMENTS])
+        except ValueError as error:
             raise QueryError(str(error)) from None
         clause = None if where is None else filters.rebuild(where, self._filter_columns())
         blocks, steps = [], self._steps(k, cascade, rescore)

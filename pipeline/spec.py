@@ -25,8 +25,9 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+Word = Annotated[str, Field(min_length=1)]
 Names = Annotated[
-    tuple[Annotated[str, Field(min_length=1)], ...],
+    tuple[Word, ...],
     BeforeValidator(_listed, json_schema_input_type=str | tuple[str, ...]),
 ]
 
@@ -41,7 +42,7 @@ class Corpus(Section):
     """Where the rows come from and which columns are used."""
 
     source: Names = Field(min_length=1, description="file, folder, glob or URI, or a list; docstrings:stdlib")
-    id: str | None = Field(None, description="id column; null: a hash of the text")
+    id: Word | None = Field(None, description="id column; null: a hash of the text")
     text: Names = Field(min_length=1, description="text column, or several joined by a newline")
     keep: Names = Field((), description="columns carried to `documents` only")
     filter: Names = Field((), description="columns carried to every table, usable in `where`")
@@ -78,7 +79,7 @@ class Model(Section):
     model_config = ConfigDict(protected_namespaces=())
 
     name: str = Field(min_length=1, description="a local folder, the packaged offline model, or a hub id")
-    revision: str | None = Field(None, description="required for a hub id: a commit, so that it cannot move")
+    revision: Word | None = Field(None, description="required for a hub id: a commit, so that it cannot move")
     backend: Literal["auto", "torch"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto probes this machine")
     min_cosine: float = Field(0.9999, ge=0, le=1, description="what `auto` may lose against float32")
@@ -172,8 +173,8 @@ class Search(Section):
 class Evaluate(Section):
     """How recall and nDCG are measured."""
 
-    queries: str | None = Field(None, description="_id, text; null: 500 seeded corpus rows")
-    qrels: str | None = Field(None, description="query_id, corpus_id, score")
+    queries: Word | None = Field(None, description="_id, text; null: 500 seeded corpus rows")
+    qrels: Word | None = Field(None, description="query_id, corpus_id, score")
     k: int = Field(10, ge=1)
     floor: dict[Literal["recall_exact", "recall", "ndcg", "mrr"], Annotated[float, Field(ge=0, le=1)]] = Field(
         {}, description="the least the cascade must reach; a miss is exit 6"
@@ -196,7 +197,7 @@ class Workers(Section):
         "auto", description="auto: one per GPU, else one per four cores; 0: in this process, without Ray"
     )
     gpus: Auto | Annotated[float, Field(ge=0)] = Field("auto", description="GPUs per worker")
-    address: str | None = Field(None, description="a Ray cluster; null: started here")
+    address: Word | None = Field(None, description="a Ray cluster; null: started here")
 
 
 class JobSpec(Section):
@@ -257,6 +258,8 @@ def check_cascade(levels: Sequence[tuple[str, int]], tables: Sequence[str]) -> N
     for number, (table, shortlist) in enumerate(levels):
         if table not in tables:
             raise ValueError(f"cascade: no table {table!r}{_nearest(table, tables)}; tables: {', '.join(tables)}")
+        if shortlist < 1:
+            raise ValueError(f"cascade: shortlist must be at least 1, not {shortlist} at {table}")
         if number and shortlist > levels[number - 1][1]:
             raise ValueError(
                 f"cascade: shortlist rises from {levels[number - 1][1]} to {shortlist} at {table}; "
@@ -268,10 +271,12 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML in which a repeated key is an error, not a silent choice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                problem = f"the key {key.value!r} stands twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
 
 
@@ -281,7 +286,8 @@ def _parse(text: str, origin: str) -> Any:
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
-        raise SpecError(f"{origin}: not valid YAML{where}: {getattr(error, 'problem', None) or error}") from None
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise SpecError(f"{origin}: not valid YAML{where}: {problem}") from None
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -312,6 +318,7 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
     """The first problem in one sentence, and how many more there are."""
     # pydantic also calls a list too short when one of its items is wrong.
     problems = [p for p in error.errors(include_url=False) if not (p["type"] == "too_short" and p["input"])]
+    problems.sort(key=lambda p: p["type"] != "extra_forbidden")  # a misspelt field is also a missing one
     # A union reports one problem per member; the path up to the member is the field.
     places = {_path(problem) for problem in problems}
     first = _sentence(model, problems[0], [p for p in problems if _path(p) == _path(problems[0])])
@@ -344,7 +351,8 @@ def _sentence(model: type[BaseModel], problem: ErrorDetails, same: Sequence[Erro
 
 
 def _wanted(problem: ErrorDetails) -> str:
-    return re.sub(r"^(Input|Tuple|String|Value) should", "must", problem["msg"].replace(" after validation", ""))
+    plain = re.sub(r"^(Input|Tuple|String|Value) should", "must", problem["msg"].replace(" after validation", ""))
+    return re.sub("valid dictionary.*", "mapping", plain).replace("valid tuple", "list")
 
 
 def _shown(value: Any) -> str:

@@ -6,6 +6,7 @@ is small (a receipt). A worker that dies is replaced and its item tried again.
 
 import logging
 import os
+import pickle
 import resource
 import signal
 import threading
@@ -55,15 +56,16 @@ OnProgress = Callable[[Progress], None]
 
 
 class _Worker:
-    """One actor: builds its handler at the first item, so that errors there reach the driver as they are."""
+    """One actor: reads and calls `setup` at the first item, so that errors there reach the driver as they are."""
 
-    def __init__(self, setup: Setup, threads: int) -> None:
+    def __init__(self, setup: bytes, threads: int) -> None:
         self._setup, self._threads = setup, threads
         self._handler: Handler | None = None
 
     def run(self, item: Any) -> Any:
         if self._handler is None:
-            self._handler = self._setup(self._threads)
+            setup: Setup = pickle.loads(self._setup)  # noqa: S301 - made by this job's driver
+            self._handler = setup(self._threads)
         return self._handler(item)
 
     def progress(self) -> Progress:
@@ -182,7 +184,7 @@ class LocalTeam:
     """The same work in this process, without Ray (`workers.count: 0`)."""
 
     def __init__(self, setup: Setup, plan: Plan, on_progress: OnProgress | None) -> None:
-        self._worker, self._on_progress = _Worker(setup, plan.threads), on_progress
+        self._worker, self._on_progress = _Worker(pickle.dumps(setup), plan.threads), on_progress
 
     def call(self, item: Any) -> Any:
         """Do one item."""
@@ -201,7 +203,8 @@ class RayTeam:
     """Ray actors, one item in flight on each."""
 
     def __init__(self, ray: ModuleType, setup: Setup, plan: Plan, on_progress: OnProgress | None, gpus: float) -> None:
-        self._ray, self._setup, self._plan, self._on_progress = ray, setup, plan, on_progress
+        self._ray, self._plan, self._on_progress = ray, plan, on_progress
+        self._setup: bytes = ray.cloudpickle.dumps(setup)
         # Two calls at once: the item, and questions about its progress.
         self._remote = ray.remote(num_cpus=plan.threads, num_gpus=gpus, max_restarts=0, max_concurrency=2)(_Worker)
         self._actors: list[Any] = []

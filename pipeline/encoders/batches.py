@@ -108,11 +108,13 @@ def _encode_batch(
         raise RuntimeError(f"the model returned {vectors.shape} for {len(rows)} texts, not {(len(rows), encoder.dim)}")
     with np.errstate(over="ignore", invalid="ignore"):
         norms = np.linalg.norm(vectors, axis=1)
-    for number in np.flatnonzero(~np.isfinite(norms) | (norms < MIN_NORM)):
+    bad = ~np.isfinite(norms) | (norms < MIN_NORM)
+    for number in np.flatnonzero(bad):
         reason = "zero_norm" if np.isfinite(norms[number]) else "non_finite"
         out.failed[int(rows[number])] = (reason, f"vector length {norms[number]}")
         vectors[number] = 0
-    if np.any(np.abs(norms - 1) > UNIT_TOLERANCE):
-        out.renormalised += int(np.sum(np.abs(norms - 1) > UNIT_TOLERANCE))
+    off = ~bad & (np.abs(norms - 1) > UNIT_TOLERANCE)
+    if off.any():
+        out.renormalised += int(off.sum())
         vectors = unit(vectors)
     out.vectors[rows] = vectors

@@ -142,17 +142,23 @@ def _check_loadable(name: str, path: Path) -> None:
 
 
 def _modules(path: Path) -> list[dict[str, Any]]:
-    modules = _json(path / "modules.json", [])
-    return modules if isinstance(modules, list) else []
+    modules: list[dict[str, Any]] = _json(path / "modules.json", list)
+    if not all(isinstance(module, dict) for module in modules):
+        raise SpecError(f"model.name: {path / 'modules.json'} is no list of modules")
+    return modules
 
 
-def _json(path: Path, default: Any = None) -> Any:
+def _json(path: Path, kind: type = dict) -> Any:
+    """A JSON file's value, which must be of this kind; an empty one where there is no file."""
     if not path.is_file():
-        return {} if default is None else default
+        return kind()
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise SpecError(f"model.name: {path} is not readable JSON") from None
+    if not isinstance(value, kind):
+        raise SpecError(f"model.name: {path} holds a {type(value).__name__}, not a {kind.__name__}")
+    return value
 
 
 def _dimension(path: Path) -> int | None:
@@ -182,8 +188,11 @@ def _second_axis(weights: Path) -> int | None:
     if not weights.is_file():
         return None
     with weights.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(min(length, 1 << 20)))
+        try:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(length, 1 << 20)))
+        except (struct.error, ValueError):
+            raise DataError(f"model.name: cannot read {weights}: no safetensors header; fetch it again") from None
     shapes = [entry["shape"] for key, entry in header.items() if key != "__metadata__"]
     return next((int(shape[1]) for shape in shapes if len(shape) == 2), None)
 

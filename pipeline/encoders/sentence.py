@@ -37,6 +37,7 @@ class SentenceEncoder:
         """Load from files only. DataError where they are not those that were resolved."""
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         import torch
+        from safetensors import SafetensorError
         from sentence_transformers import SentenceTransformer
         from transformers.utils import logging as transformers_logging
 
@@ -50,13 +51,16 @@ class SentenceEncoder:
             torch.set_num_threads(threads)
         self._torch = torch
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._model: Any = SentenceTransformer(
-            folder.path,
-            device=self.device,
-            trust_remote_code=False,
-            local_files_only=True,
-            model_kwargs={"use_safetensors": True},
-        )
+        try:
+            self._model: Any = SentenceTransformer(
+                folder.path,
+                device=self.device,
+                trust_remote_code=False,
+                local_files_only=True,
+                model_kwargs={"use_safetensors": True},
+            )
+        except SafetensorError as error:
+            raise DataError(f"cannot read the weights of {folder.name}: {error}; fetch the model again") from None
         self._model.eval()
         self.precision: TorchPrecision = "float32"
         self.max_tokens = self._limit(folder, max_tokens)
