@@ -56,7 +56,8 @@ def main() -> NoReturn:
     try:
         app(standalone_mode=False)
     except UsageError as error:
-        sys.exit(_fail(f"{error.format_message()} See {_me()} --help.", 2))
+        message = error.format_message().replace("Value error, ", "").replace("Input should", "must").rstrip(".")
+        sys.exit(_fail(f"{message}; see {_me()} --help", 2))
     except PipelineError as error:
         sys.exit(_fail(str(error), error.exit_code))
     except Stopped as stop:
@@ -121,7 +122,8 @@ def validate(job: Job, sets: Sets = None) -> None:
     if rows is not None and rows > WARN_SCAN_ROWS and _first_table(spec).endswith("int8"):
         err.print(
             f"[yellow]warning:[/] {_first_table(spec)} comes first in the cascade and LanceDB cannot index int8, "
-            f"so each query scans all {rows:,} rows; begin with a binary or float16 table"
+            f"so each query scans all {rows:,} rows; begin with a binary or float16 table",
+            soft_wrap=True,
         )
 
 

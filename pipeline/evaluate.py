@@ -158,6 +158,9 @@ def _read(path: str, field: str, columns: Sequence[str]) -> pl.DataFrame:
     missing = [column for column in columns if column not in frame.columns]
     if missing:
         raise SpecError(f"{field}: {path} has no column {missing[0]!r}; it needs {', '.join(columns)}")
+    nested = [column for column in columns if frame[column].dtype.is_nested()]
+    if nested:
+        raise DataError(f"{field}: column {nested[0]!r} of {path} holds {frame[nested[0]].dtype}, not single values")
     ids = [column for column in columns if column.endswith("id")]
     frame = frame.select(columns).with_columns(pl.col(ids).cast(pl.String))
     if not len(frame) or sum(frame.null_count().row(0)):

@@ -166,6 +166,8 @@ def observed_type(column: Column, name: str, file: str) -> pa.DataType:
         return column.type
     try:
         return pa.array(column).type
+    except OverflowError:
+        raise DataError(f"{file}: column {name!r} holds a number beyond 64 bits; write it as a string") from None
     except (pa.ArrowInvalid, pa.ArrowTypeError):
         raise DataError(f"{file}: column {name!r} holds values of several types; make them one type") from None
 

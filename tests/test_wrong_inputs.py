@@ -157,6 +157,7 @@ def cascade(*levels: tuple[str, int]) -> list[dict[str, Any]]:
 FRAME = corpus_frame(20)
 PARQUET, LINES = packed(FRAME, ".parquet"), packed(FRAME, ".jsonl")
 ODD = b'{"_id": "odd", "text": "w001", "year": "MM"}\n'
+HUGE = b'{"_id": "huge", "text": "w001", "year": %d}\n' % 10**30
 GARBAGE = b"garbage " * 100
 QUERIES = pl.DataFrame({"_id": ["q1", "q2"], "text": ["w001 w002", "w003"]})
 QRELS = pl.DataFrame({"query_id": ["q1"], "corpus_id": ["doc-7"], "score": [1]})
@@ -167,6 +168,7 @@ MODULE = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.mode
 STATIC = {**MODULE, "type": "sentence_transformers.models.StaticEmbedding"}
 FOREIGN = {**MODULE, "type": "custom_st.Transformer"}
 RISING = cascade(("prefix_8_binary", 7), ("prefix_16_int8", 9))
+UNREACHED = {"evaluate__floor": {"recall_exact": 1}, "search__cascade": cascade(("prefix_8_binary", 10))}
 BUDGET = ("10 are allowed", "corpus.max_quarantined")
 EIGHT = {"dim": 8, "precision": "binary"}
 
@@ -277,6 +279,7 @@ DATA = [
         for suffix in ("parquet", "jsonl")
     ),
     data("keep-of-two-types", {"a.jsonl": LINES + ODD}, "a.jsonl", "'year'", "several types", corpus__keep="year"),
+    data("filter-beyond-64-bits", {"a.jsonl": LINES + HUGE}, "a.jsonl", "'year'", "64 bits", corpus__filter="year"),
     data("filter-of-lists", {"a.parquet": TAGGED}, "corpus.filter: column 'tags'", "list", corpus__filter="tags"),
     data("column-twice", {"a.csv": b"_id,title,text,text\n1,w001,w002,w003\n"}, "a.csv", "'text' twice"),
     data("duplicate-id-in-a-file", {"a.parquet": some("_id", "doc-1", 1)}, "'doc-1'", "a.parquet row 1", "row 19"),
@@ -340,9 +343,11 @@ JUDGEMENTS = [
     ),
     judged("query-of-numbers", 3, "evaluate.queries", "q.parquet", "text", "Int", queries=but(QUERIES, text=7)),
     judged("query-id-twice", 3, "evaluate.queries", "q.parquet", "twice", queries=but(QUERIES, _id="q1")),
+    judged("query-ids-of-lists", 3, "'_id'", "q.parquet", "List", queries=but(QUERIES, _id=[["a"], ["b"]])),
     judged("qrels-empty", 3, "evaluate.qrels", "j.parquet", "empty", qrels=QRELS[:0]),
     judged("qrels-of-no-query", 3, "evaluate.qrels", "j.parquet", "'q9'", "q.parquet", qrels=but(QRELS, query_id="q9")),
     judged("qrels-of-no-row", 3, "evaluate.qrels", "'doc-999'", "the corpus", qrels=but(QRELS, corpus_id="doc-999")),
+    judged("scores-of-lists", 3, "evaluate.qrels", "'score'", "j.parquet", "List", qrels=but(QRELS, score=[[1]])),
     *(
         judged(f"score-{score}", 3, "j.parquet", "no whole numbers", qrels=but(QRELS, score=score))
         for score in ("good", 0.5, float("nan"), float("inf"))
@@ -404,7 +409,7 @@ def test_a_broken_spec(text, words, call):
         pytest.param("run .", ["the job spec .", "directory"], id="spec-is-a-folder"),
         pytest.param("status none", ["none", "No such file"], id="status-of-nothing"),
         pytest.param("search none w001", ["none", "No such file"], id="search-of-nothing"),
-        pytest.param("search JOB w001 -k many", ["-k", "'many'"], id="k-that-is-no-number"),
+        pytest.param("search JOB w001 -k many", ["-k", "integer"], id="k-that-is-no-number"),
         pytest.param("run JOB --set seed", ["'seed'", "path.to.field=value"], id="set-without-value"),
         pytest.param("run JOB --set =3", ["'=3'", "path.to.field=value"], id="set-without-field"),
         pytest.param("run JOB --set corpus..id=3", ["'corpus..id=3'", "path.to.field=value"], id="set-with-a-gap"),
@@ -465,15 +470,26 @@ def test_said_before_the_first_shard(overrides, words, job_file, values, call, m
     assert call("run", job_file()).code == 0  # the root is as good as new
 
 
+def test_weights_that_end_too_early(model, job_file, values, call):
+    shutil.copytree(model, "cut")
+    weights = next(Path("cut").rglob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    call("run", job_file(model__name="cut")).refuses(3, "cannot read the weights of cut")
+    assert ledger.begun(Path(values()["root"])) is None
+
+
+def test_a_query_the_model_cannot_embed(job_file, values, call):
+    write({"q.csv": but(QUERIES, text=["w001", "unheard"])})
+    call("run", job_file(evaluate__queries="q.csv")).refuses(3, "evaluate.queries", "q.csv", "query 1", "zero_norm")
+    assert ledger.newest_generation(Path(values()["root"])) is None
+    assert call("run", job_file()).code == 0
+
+
 @pytest.fixture
 def packaged(model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Make the stand-in a packaged model `boxed` with this sha256."""
-    (Path("packages") / "boxed_weights").mkdir(parents=True)
+    shutil.copytree(model, "packages/boxed_weights/model")
     Path("packages/boxed_weights/__init__.py").touch()
-    Path("packages/boxed_weights/model").mkdir()
-    for file in model.rglob("*"):
-        if file.is_file():
-            shutil.copy(file, Path("packages/boxed_weights/model") / file.name)
     monkeypatch.syspath_prepend(str(Path("packages").absolute()))
     return lambda digest: monkeypatch.setitem(models.PACKAGED, "boxed", ("boxed_weights", digest))
 
@@ -621,40 +637,17 @@ REFUSED = [
     case("other-vectors", 4, "embed.vectors", "'float16' then", "'float32' now", embed__vectors="float32"),
     case("parquet-too", 4, "embed.parquet", "False then", "True now", embed__parquet=True),
     case("another-precision", 4, "model.precision", "'float32' then", "'bfloat16' now", model__precision="bfloat16"),
-    case(
-        "another-document-prompt",
-        4,
-        "model.prompts.document",
-        "'' then",
-        "'w001: ' now",
-        model__prompts={"document": "w001: "},
-    ),
-    case(
-        "another-query-prompt", 4, "model.prompts.query", "'' then", "'w001: ' now", model__prompts={"query": "w001: "}
-    ),
+    case("document-prompt", 4, "model.prompts.document", "'' then", "'a ' now", model__prompts={"document": "a "}),
+    case("query-prompt", 4, "model.prompts.query", "'' then", "'a ' now", model__prompts={"query": "a "}),
     case("another-token-limit", 4, "model.max_tokens", "None then", "9 now", model__max_tokens=9),
     case("other-batches", 4, "model.batch_tokens", "512 now", model__batch_tokens=512),
     case("unknown-field", 2, "unknown field corpus.txt", corpus__txt="text"),
-    case("dim-above-the-model's", 2, "prefixes[0].dim", "40", prefixes=prefix(dim=40)),
+    case("dim-above-the-models", 2, "prefixes[0].dim", "40", prefixes=prefix(dim=40)),
     case("corpus-gone", 2, "corpus.source", "gone.csv", corpus__source="gone.csv"),
     case("column-gone", 2, "corpus.filter", "'lang'", files={"c.csv": FRAME.drop("lang")}, corpus__source="c.csv"),
-    case(
-        "corpus-with-duplicate-ids",
-        3,
-        "duplicate id",
-        files={"a.csv": FRAME, "b.csv": FRAME},
-        corpus__source=["a.csv", "b.csv"],
-    ),
-    case("corpus-damaged", 3, "cannot read", "c.parquet", files={"c.parquet": b"garbage"}, corpus__source="c.parquet"),
-    case(
-        "floor-missed",
-        6,
-        "recall_exact",
-        "< 1",
-        "nothing was published",
-        evaluate__floor={"recall_exact": 1},
-        search__cascade=cascade(("prefix_8_binary", 10)),
-    ),
+    case("duplicate-ids", 3, "'doc-0'", files={"a.csv": FRAME, "b.csv": FRAME}, corpus__source=["a.csv", "b.csv"]),
+    case("corpus-damaged", 3, "cannot read", "c.parquet", files={"c.parquet": GARBAGE}, corpus__source="c.parquet"),
+    case("floor-missed", 6, "recall_exact", "< 1", "nothing was published", **UNREACHED),
 ]
 
 
@@ -680,7 +673,7 @@ def test_a_held_root(command, finished, call):
 
 
 def test_a_missed_floor_publishes_nothing(job_file, values, call):
-    job = job_file(evaluate__floor={"recall_exact": 1}, search__cascade=cascade(("prefix_8_binary", 10)))
+    job = job_file(**UNREACHED)
     for _ in range(2):  # the second time, everything but the evaluation is done
         call("run", job).refuses(6, "cascade", "recall_exact", "< 1")
         assert ledger.newest_generation(Path(values()["root"])) is None

@@ -1,0 +1,122 @@
+"""The command line, in this process: what goes to stdout, and that it is true."""
+
+import json
+import logging
+import sys
+
+import pytest
+
+from pipeline import cli, run
+from pipeline.workers import Progress
+
+
+@pytest.fixture
+def matryoshka(monkeypatch, capsys):
+    """Run the command; (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["matryoshka", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        shown = capsys.readouterr()
+        logging.getLogger().handlers.clear()  # they hold this call's stderr
+        return ended.value.code, shown.out, shown.err
+
+    return call
+
+
+def test_a_run_tells_what_was_written_found_and_what_is_next(matryoshka, job_file):
+    job = job_file(search={"examples": ["w001 w002"]})
+    code, out, err = matryoshka("run", job)
+    assert code == 0
+    assert "120 rows in, 0 quarantined" in out
+    assert "lancedb/prefix_16_int8.lance" in out
+    assert "recall_exact@10" in out
+    assert "w001 w002\n   1  0." in out
+    assert f"search {job}" in out
+    assert "embed shard=0000000 rows=120 " in err
+    assert all(f"{stage} done seconds=" in err for stage in ("corpus", "embed", "fit", "derive", "index", "evaluate"))
+
+
+def test_json_results_are_json(matryoshka, job_file):
+    job = job_file(corpus__filter=["lang"])
+    code, out, _ = matryoshka("run", job, "--json")
+    assert (code, json.loads(out)["generation"]) == (0, 1)
+    code, out, _ = matryoshka("search", job, "w001 w002", "-k", "3", "--where", "lang = 'en'", "--json")
+    hits = [json.loads(line) for line in out.splitlines()]
+    assert [hit["rank"] for hit in hits] == [1, 2, 3]
+    assert {hit["lang"] for hit in hits} == {"en"}
+    code, out, _ = matryoshka("search", job, "w001", "--explain", "--json")
+    assert [json.loads(line)["table"] for line in out.splitlines()] == ["prefix_8_binary", "documents"]
+    code, out, _ = matryoshka("status", job, "--json")
+    assert json.loads(out)["shards"] == {"done": 1, "left": 0}
+    code, out, _ = matryoshka("evaluate", job, "--json")
+    assert json.loads(out.splitlines()[-1])["choice"] == "exact"
+    code, out, _ = matryoshka("schema")
+    assert json.loads(out)["title"] == "JobSpec"
+
+
+def test_a_finished_root_is_enough_to_search(matryoshka, spec, job_file):
+    run(spec())
+    by_root = matryoshka("search", spec().root, "w001 w002", "--json")
+    assert by_root[:2] == matryoshka("search", job_file(), "w001 w002", "--json")[:2]
+    assert by_root[0] == 0
+    code, out, _ = matryoshka("search", spec().root, "w001 w002", "--exact")
+    assert code == 0
+    assert len(out.splitlines()) == 10
+
+
+def test_a_run_can_stop_and_go_on(matryoshka, job_file):
+    job = job_file()
+    code, out, _ = matryoshka("run", job, "--until", "embed")
+    assert (code, out) == (0, f"Stopped after embed, as asked. To go on: matryoshka run {job}\n")
+    code, out, _ = matryoshka("status", job)
+    assert "embed        done" in out
+    assert "generation   None" in out
+    assert matryoshka("run", job, "--from", "fit")[0] == 0
+    assert matryoshka("run", job_file(root="elsewhere"), "--from", "fit")[0] == 4
+
+
+def test_validate_starts_nothing_and_writes_nothing(matryoshka, job_file, tmp_path):
+    code, out, _ = matryoshka("validate", job_file())
+    assert code == 0
+    assert "1 corpus file(s), 120 rows" in out
+    assert not (tmp_path / "root").exists()
+
+
+def test_validate_warns_of_int8_first_on_a_large_corpus(matryoshka, job_file, monkeypatch):
+    monkeypatch.setattr(cli, "WARN_SCAN_ROWS", 100)
+    job = job_file(search={"cascade": [{"table": "prefix_16_int8", "shortlist": 200}]})
+    code, _, err = matryoshka("validate", job)
+    assert code == 0
+    assert "LanceDB cannot index int8" in err
+    assert "warning" not in matryoshka("validate", job_file())[2]
+
+
+def test_set_reaches_the_spec(matryoshka, job_file, tmp_path):
+    assert matryoshka("run", job_file(), "--set", f"root={tmp_path}/set", "--until", "corpus")[0] == 0
+    assert (tmp_path / "set" / "_state").is_dir()
+
+
+def test_text_from_outside_cannot_draw_on_the_terminal(matryoshka, spec, corpus_file):
+    from tests.conftest import corpus_frame
+
+    frame = corpus_frame()
+    frame[0, "text"] = "w001 \x1b[31m[bold]red[/]\nnext"
+    frame[0, "_id"] = "a\x07b"
+    frame.write_parquet(corpus_file)
+    run(spec(corpus__text="text"))
+    _, out, _ = matryoshka("search", spec().root, "w001", "--exact")
+    assert "\x1b" not in out
+    assert "a\\x07b  w001 \\x1b[31m[bold]red[/] next" in out
+
+
+def test_plain_progress_lines_have_rate_and_time_left(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    now = [0.0]
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
+    watch = cli._Watch(None)
+    watch("embed", 100, Progress())
+    now[0] = 20.0
+    watch("embed", 100, Progress(rows=40, tokens=800))
+    assert caplog.messages == ["embed 40 of 100 rows  2 rows/s  40 tokens/s  30 s left"]

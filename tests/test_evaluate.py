@@ -1,0 +1,126 @@
+"""The measurement: metrics that can be checked by hand, floors, and nothing measured twice."""
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from pipeline import open_index, run
+from pipeline.errors import FloorError
+from pipeline.evaluate import METRICS, interval, recall_exact, without_own
+from tests.conftest import corpus_frame
+
+
+def test_recall_is_the_share_of_the_true_hits():
+    truth = np.array([[1, 2], [3, 4], [5, 6], [7, -1]])
+    found = np.array([[2, 1], [3, 9], [8, 9], [7, 6]])
+    assert recall_exact(found, truth).tolist() == [1.0, 0.5, 0.0, 1.0]
+
+
+def test_a_query_is_not_counted_against_itself():
+    rows = np.array([[5, 1, 2], [1, 2, 5], [1, 2, 3]])
+    own = np.array([5, 5, 5])
+    assert without_own(rows, rows, own, 2)[0].tolist() == [[1, 2], [1, 2], [1, 2]]
+    assert without_own(np.array([[5, -1]]), np.array([[5, -1]]), own[:1], 2)[0].tolist() == [[-1, -1]]
+
+
+def test_an_interval_holds_the_mean_and_repeats():
+    values = np.random.default_rng(0).random(200)
+    low, high = interval(values, seed=3)
+    assert low < values.mean() < high
+    assert (low, high) == interval(values, seed=3)
+    assert interval(np.ones(5), 0) == (1.0, 1.0)
+
+
+@pytest.fixture
+def judged(tmp_path):
+    """Queries that are texts of the corpus, each judged for its own document."""
+    frame = corpus_frame()[:40]
+    frame.select("_id", "text").with_columns(_id="q" + pl.col("_id")).write_parquet(tmp_path / "queries.parquet")
+    qrels = frame.select(query_id="q" + pl.col("_id"), corpus_id="_id", score=pl.lit(1))
+    qrels.write_parquet(tmp_path / "qrels.parquet")
+    return {"queries": str(tmp_path / "queries.parquet"), "qrels": str(tmp_path / "qrels.parquet"), "k": 5}
+
+
+def test_with_qrels_every_choice_has_every_metric(spec, judged):
+    job = spec(corpus__text="text", evaluate=judged, search={"cascade": [{"table": "prefix_16_int8", "shortlist": 60}]})
+    run(job)
+    measured = pl.read_parquet(Path(job.root) / "evaluation.parquet")
+    assert measured.select("choice", "mode").rows() == [
+        ("prefix_8_binary", "alone"), ("prefix_8_binary", "rescored"), ("prefix_16_int8", "alone"),
+        ("prefix_16_int8", "rescored"), ("prefix_16_float16", "alone"), ("prefix_16_float16", "rescored"),
+        ("cascade", "cascade"), ("exact", "exact"),
+    ]  # fmt: skip
+    exact = measured.row(-1, named=True)
+    assert [exact[name] for name in METRICS] == [1.0, 1.0, 1.0, 1.0]  # each text is nearest to itself
+    assert (exact["queries"], exact["k"], exact["shortlist"], exact["dim"]) == (40, 5, None, 32)
+    assert measured.filter(pl.col("mode") == "rescored")["bytes_per_row"].to_list() == [1 + 64, 16 + 64, 32 + 64]
+    bounds = [
+        (row[f"{name}_low"], row[name], row[f"{name}_high"])
+        for row in measured.iter_rows(named=True)
+        for name in METRICS
+    ]
+    assert all(low <= value <= high for low, value, high in bounds)
+    assert measured["median_ms"].min() > 0
+
+
+def test_without_queries_corpus_rows_are_asked(spec):
+    job = spec()
+    run(job)
+    measured = pl.read_parquet(Path(job.root) / "evaluation.parquet")
+    assert measured["queries"].unique().to_list() == [120]
+    assert measured["ndcg"].null_count() == len(measured)
+    assert measured.filter(pl.col("choice") == "exact")["recall_exact"].to_list() == [1.0]
+    assert measured.filter(pl.col("mode") == "alone")["recall_exact"].max() < 1.0
+
+
+def test_the_metric_values_are_those_of_the_definitions(spec, judged, tmp_path):
+    """One query, three judged documents at known ranks of the exact answer."""
+    job = spec(corpus__text="text")
+    run(job)
+    query = "w001 w002 w003"
+    ranked = open_index(job.root).exact(query, k=5)["id"].to_list()
+    pl.DataFrame({"_id": ["q"], "text": [query]}).write_parquet(judged["queries"])
+    judgements = [
+        ("q", ranked[1], 2),
+        ("q", ranked[3], 1),
+        ("q", "doc-119" if "doc-119" not in ranked else "doc-118", 1),
+    ]
+    pl.DataFrame(judgements, schema=["query_id", "corpus_id", "score"], orient="row").write_parquet(judged["qrels"])
+    run(spec(corpus__text="text", evaluate=judged))
+    exact = pl.read_parquet(Path(job.root) / "evaluation.parquet").row(-1, named=True)
+    gain = 2 / np.log2(3) + 1 / np.log2(5)
+    ideal = 2 / np.log2(2) + 1 / np.log2(3) + 1 / np.log2(4)
+    assert exact["ndcg"] == pytest.approx(gain / ideal)
+    assert exact["recall"] == pytest.approx(2 / 3)
+    assert exact["mrr"] == pytest.approx(1 / 2)
+
+
+def test_a_missed_floor_publishes_nothing_and_keeps_what_was_there(spec):
+    strict = {"floor": {"recall_exact": 1.0}}
+    small = {"cascade": [{"table": "prefix_8_binary", "shortlist": 10}]}
+    with pytest.raises(FloorError, match=r"recall_exact 0\.\d+ < 1; nothing was published"):
+        run(spec(evaluate=strict, search=small))
+    root = Path(spec().root)
+    assert not (root / "manifest.json").exists()
+    assert (root / "evaluation.parquet").exists()
+    first = run(spec(search=small))
+    with pytest.raises(FloorError):
+        run(spec(evaluate=strict, search=small))
+    assert run(spec(search=small)) == first
+    wide = {"cascade": [{"table": "prefix_8_binary", "shortlist": 120}]}
+    assert run(spec(evaluate=strict, search=wide))["generation"] == 2
+
+
+def test_a_rerun_measures_again_only_when_asked(spec, monkeypatch):
+    from pipeline import evaluate
+
+    first = run(spec())
+    asked = []
+    inner = evaluate.run
+    monkeypatch.setattr(evaluate, "run", lambda *arguments: asked.append(1) or inner(*arguments))
+    assert run(spec()) == first
+    assert asked == []
+    run(spec(), first="evaluate")
+    assert asked == [1]

@@ -1,0 +1,93 @@
+"""ANN indexes through the whole job: built where they pay, complete, used, and found again."""
+
+import lancedb
+import pytest
+
+from pipeline import (
+    index as _,  # noqa: F401 - the module, not the function of the package
+    open_index,
+    run,
+)
+from pipeline.errors import PipelineError
+from pipeline.index import choose, partitions
+from pipeline.spec import Index, Prefix
+
+KINDS = [
+    ("float16", "ivf_flat"),
+    ("float16", "ivf_sq"),
+    ("float16", "ivf_rq"),
+    ("float16", "hnsw_sq"),
+    ("float32", "ivf_rq"),
+    ("binary", "ivf_flat"),
+]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "rows", "kind"),
+    [
+        ({"dim": 64, "precision": "float16"}, 99, "none"),
+        ({"dim": 64, "precision": "float16"}, 100, "ivf_rq"),
+        ({"dim": 63, "precision": "float16"}, 100, "ivf_sq"),
+        ({"dim": 64, "precision": "binary"}, 100, "ivf_flat"),
+        ({"dim": 64, "precision": "int8"}, 100, "none"),
+        ({"dim": 64, "precision": "float16", "index": {"kind": "hnsw_sq"}}, 5, "hnsw_sq"),
+        ({"dim": 64, "precision": "float16", "index": {"kind": "none"}}, 10**9, "none"),
+    ],
+)
+def test_choice(prefix, rows, kind):
+    chosen, why = choose(Prefix(**prefix), Index(min_rows=100), rows)
+    assert chosen == kind
+    assert why
+
+
+@pytest.mark.parametrize(("rows", "wanted"), [(1, 1), (100, 8), (100_000, 256), (1_000_000, 1024), (10**9, 4096)])
+def test_partitions(rows, wanted):
+    assert partitions(rows) == wanted
+
+
+def with_index(precision, kind):
+    return [{"dim": 16, "precision": precision, "index": {"kind": kind}}]
+
+
+@pytest.mark.parametrize(("precision", "kind"), KINDS)
+def test_every_kind_is_built_used_and_finds_what_exact_search_finds(spec, precision, kind):
+    job = spec(prefixes=with_index(precision, kind))
+    table = f"prefix_16_{precision}"
+    generation = run(job)
+    assert generation["tables"][table]["index"]["kind"] == kind
+    index = open_index(job.root)
+    assert index.explain("w001 w002")[0]["engine"] == kind
+    found = index.search("w001 w002", k=5, cascade=[(table, 120)])
+    exact = index.exact("w001 w002", k=5)
+    assert len(set(found["row"]) & set(exact["row"])) >= 4
+    assert found["score"][0] == pytest.approx(exact["score"][0], abs=1e-6)
+    opened = lancedb.connect(f"{job.root}/lancedb").open_table(table)
+    assert [one.num_unindexed_rows for one in opened.list_indices()] == [0]
+
+
+def test_a_filter_reaches_the_index(spec):
+    job = spec(prefixes=with_index("float16", "ivf_flat"), corpus__filter=["lang"])
+    run(job)
+    hits = open_index(job.root).search("w001 w002", k=10, where="lang = 'de'")
+    assert set(hits["lang"]) == {"de"}
+    assert len(hits) == 10
+
+
+def test_a_finished_index_is_left_alone_and_another_kind_replaces_it(spec):
+    first = run(spec(prefixes=with_index("float16", "ivf_flat")))
+    assert run(spec(prefixes=with_index("float16", "ivf_flat"))) == first
+    second = run(spec(prefixes=with_index("float16", "ivf_sq")))
+    assert second["tables"]["prefix_16_float16"]["index"]["kind"] == "ivf_sq"
+    assert second["tables"]["prefix_16_float16"]["version"] > first["tables"]["prefix_16_float16"]["version"]
+    third = run(spec(prefixes=with_index("float16", "none")))
+    assert third["tables"]["prefix_16_float16"]["index"] is None
+
+
+def test_an_index_that_is_not_used_fails_the_job(spec, monkeypatch):
+    class Unused:
+        def explain_plan(self, verbose):
+            return "KNNVectorDistance: metric=dot"
+
+    monkeypatch.setattr("pipeline.store.nearest", lambda *arguments: Unused())
+    with pytest.raises(PipelineError, match="do not use its ivf_flat index"):
+        run(spec(prefixes=with_index("float16", "ivf_flat")))

@@ -1,0 +1,99 @@
+"""Every command and program in the README does what it says."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import run
+from pipeline.spec import JobSpec
+from tests.conftest import save_model
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line.partition("#")[0].strip() for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
+DEMO = [command for command in COMMANDS if command == "make embed" or command.startswith(".venv/bin/matryoshka")]
+PROGRAMS = [text for kind, text in BLOCKS if kind == "python"]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """What the commands need of the checkout, with this environment as its .venv."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "jobs", "schemas"):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy2)(source, folder / name)
+    (folder / ".venv").symlink_to(sys.prefix)
+    return folder
+
+
+def call(command, folder):
+    """Run a README command; make takes the environment as it is."""
+    if command.startswith("make "):
+        command = command.replace("make ", "make -o .venv/.ready ", 1)
+    return subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, timeout=280)
+
+
+def test_the_demo_and_the_commands_after_it(checkout):
+    assert len(DEMO) == 9
+    shown = {}
+    for command in DEMO:
+        done = call(command, checkout)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        shown[command] = done.stdout
+    demo = shown["make embed"]
+    assert "statistics.median" in demo
+    assert "threading." in demo
+    assert "rows in, 0 quarantined" in demo
+    assert all(f"prefix_{name}.lance" in demo for name in ("64_binary", "128_int8", "256_float16"))
+    assert '"module":"datetime"' in shown[next(one for one in DEMO if "--where" in one)]
+    assert "prefix_32_int8" in shown[next(one for one in DEMO if "prefixes=" in one)]
+
+
+def test_the_other_targets(checkout):
+    assert set(COMMANDS) - set(DEMO) == {"make test", "make lint", "make schemas", "make clean"}
+    before = (checkout / "schemas" / "job.schema.json").read_text()
+    assert call("make schemas", checkout).returncode == 0
+    assert (checkout / "schemas" / "job.schema.json").read_text() == before
+    for target, said in {"test": "-m pytest", "lint": "ruff check .", "clean": "rm -rf .venv"}.items():
+        done = call(f"make -n {target}", checkout)  # these would run this test again, or remove the environment
+        assert (done.returncode, said in done.stdout) == (0, True)
+
+
+@pytest.fixture
+def demo_like(tmp_path, corpus_file):
+    """A root with the demo's tables, from the stand-in model at 256 dimensions."""
+    job = {
+        "name": "demo",
+        "root": "output/demo",
+        "corpus": {"source": str(corpus_file), "id": "_id", "text": "text", "filter": ["lang"]},
+        "model": {"name": str(save_model(tmp_path / "model-256", dim=256))},
+        "prefixes": [{"dim": 64, "precision": "binary"}, {"dim": 256, "precision": "float16"}],
+        "workers": {"count": 0},
+    }
+    run(JobSpec.of(job))
+
+
+def test_plain_lancedb_and_numpy_are_enough(demo_like):
+    without_us = "import sys\nsys.modules['pipeline'] = None\n" + PROGRAMS[1]
+    done = subprocess.run([sys.executable, "-I", "-c", without_us], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r"'row': (\d+), '_distance': ([-\d.e]+)", done.stdout)
+    assert len(found) == 10
+    assert found[0][0] == found[5][0] == "0"  # the first document is nearest to itself
+    assert abs(float(found[0][1])) < 1e-2
+    assert float(found[5][1]) == 0
+
+
+def test_the_python_example(demo_like):
+    program = PROGRAMS[0].replace('run(JobSpec.load("jobs/demo.yaml"))\n', "")
+    program = (
+        program.replace("module = 'csv'", "lang = 'de'")
+        .replace("read a csv file", "w001")
+        .replace('"one", "two"', '"w002", "w003"')
+    )
+    exec(compile(program, "README.md", "exec"), {})
