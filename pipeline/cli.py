@@ -136,7 +136,7 @@ def _first_table(spec: JobSpec) -> str:
 @app.command()
 def status(job: JobOrRoot, sets: Sets = None, as_json: AsJson = False) -> None:
     """Tell what is done, what is left and what was quarantined, from storage alone."""
-    root = _root(job, sets)
+    root, _ = _root_and_spec(job, sets)
     facts = _status(root)
     if as_json:
         out.print_json(data=facts)
@@ -185,8 +185,10 @@ def search(
 ) -> None:
     """Two-pass search."""
     _configure_logging(None)
-    index = open_index(_root(job, sets))
-    cascade: list[tuple[str, int]] | None = [] if exact else None
+    root, spec = _root_and_spec(job, sets)
+    index = open_index(root)
+    levels = spec.search.cascade if spec is not None else None
+    cascade = [] if exact else None if levels is None else [(level.table, level.shortlist) for level in levels]
     if explain:
         _explain(index.explain(text, k, where, cascade), as_json)
         return
@@ -235,13 +237,14 @@ def schema_text() -> str:
     return json.dumps(JobSpec.model_json_schema(), indent=2, sort_keys=True) + "\n"
 
 
-def _root(job: str, sets: list[str] | None) -> Path:
+def _root_and_spec(job: str, sets: list[str] | None) -> tuple[Path, JobSpec | None]:
     path = Path(job)
     if path.is_dir():
         if sets:
             raise SpecError(f"--set changes a spec; {job} is a root")
-        return path
-    return Path(JobSpec.load(path, sets or ()).root)
+        return path, None
+    spec = JobSpec.load(path, sets or ())
+    return Path(spec.root), spec
 
 
 def _summary(spec: JobSpec, generation: dict[str, Any]) -> None:
@@ -304,7 +307,7 @@ def _examples(spec: JobSpec, job: str, generation: dict[str, Any]) -> None:
     out.print("\nNext:")
     out.print(f'  {_me()} search {job} "{_plain(text)}" -k 5 --explain')
     out.print(f"  {_me()} status {job}")
-    out.print(f"  {_me()} run {job} --set prefixes='\\[{{dim: 32, precision: int8}}]'   # nothing is embedded again")
+    out.print(f"  {_me()} evaluate {job}")
 
 
 def _print_hits(hits: pl.DataFrame) -> None:

@@ -94,8 +94,8 @@ def run(
         ledger.refuse_changes(root, standing, {**fixed, **_insisted(spec)})
         check_dims(spec, standing["facts"]["full_dim"])
         sealed = Ledger(root, "embed").get("sealed")
-        if sealed is not None and store.table_exists(store.table_uri(root, DOCUMENTS)):
-            return _full(root, spec, Facts(**standing["facts"]), sealed)
+        if sealed is not None:
+            return _full(root, spec, types, Facts(**standing["facts"]), sealed)
     done = Ledger(root, "embed").names()
     todo = [shard for shard in shards if shard.name not in done]
     if todo:
@@ -287,13 +287,7 @@ class Embedder:
     ) -> tuple[pa.Table, pa.Table]:
         """The shard's rows of `documents`, and those set aside, each in row order."""
         corpus = self._spec.corpus
-        schema = documents_schema(
-            facts.full_dim,
-            self._spec.embed.vectors,
-            {name: self._types[name] for name in corpus.keep},
-            {name: self._types[name] for name in corpus.filter},
-            corpus.keep_text,
-        )
+        schema = _schema(self._spec, self._types, facts)
         numbers = [batch.first_row + offset for batch in batches for offset in batch.offsets]
         columns: dict[str, Any] = {
             "row": pa.array(numbers, pa.int64()),
@@ -363,7 +357,7 @@ def _info(facts: Facts, spec: JobSpec) -> TableInfo:
 def _publish(
     spec: JobSpec, shards: Sequence[Shard], types: Mapping[str, pa.DataType], facts: Facts, root: Path
 ) -> Full:
-    """Commit every shard in order, write quarantine.parquet, and seal the stage."""
+    """Check the budget, write quarantine.parquet, seal the stage, and commit every shard in order."""
     book = Ledger(root, "embed")
     records = [_required(book, shard) for shard in shards]
     reasons = sum((Counter(record["quarantined"]) for record in records), Counter[str]())
@@ -373,19 +367,8 @@ def _publish(
         raise DataError(f"no row could be embedded: {dict(reasons)}")
     parts = [pq.read_table(book.file(f"{shard.name}.quarantine.parquet")) for shard in shards]
     store.write(root / "quarantine.parquet", _parquet_bytes(pa.concat_tables(parts)))
-    uri = store.table_uri(root, DOCUMENTS)
-    schema = _info(facts, spec).to_schema(
-        documents_schema(
-            facts.full_dim,
-            spec.embed.vectors,
-            {name: types[name] for name in spec.corpus.keep},
-            {name: types[name] for name in spec.corpus.filter},
-            spec.corpus.keep_text,
-        )
-    )
-    version = store.commit(uri, schema, [fragment for record in records for fragment in record["fragments"]])
     sealed = {
-        "version": version,
+        "fragments": [fragment for record in records for fragment in record["fragments"]],
         "rows": total,
         "digest": combined_digest([record["digest"] for record in records]),
         "quarantined": dict(reasons),
@@ -395,7 +378,7 @@ def _publish(
         "parquet": {record["parquet"]["path"]: record["parquet"]["sha256"] for record in records if record["parquet"]},
         **{name: sum(record[name] for record in records) for name in COUNTERS},
     }
-    return _full(root, spec, facts, book.add("sealed", sealed))
+    return _full(root, spec, types, facts, book.add("sealed", sealed))
 
 
 def _required(book: Ledger, shard: Shard) -> Record:
@@ -404,9 +387,18 @@ def _required(book: Ledger, shard: Shard) -> Record:
     return record
 
 
-def _full(root: Path, spec: JobSpec, facts: Facts, sealed: Record) -> Full:
-    uri = store.table_uri(root, DOCUMENTS)
-    return Full(uri, sealed["version"], sealed["digest"], sealed["rows"], facts, _info(facts, spec), sealed)
+def _full(root: Path, spec: JobSpec, types: Mapping[str, pa.DataType], facts: Facts, sealed: Record) -> Full:
+    """Publish what is sealed, unless the table holds just that already."""
+    uri, info = store.table_uri(root, DOCUMENTS), _info(facts, spec)
+    version = store.commit(uri, info.to_schema(_schema(spec, types, facts)), sealed["fragments"])
+    return Full(uri, version, sealed["digest"], sealed["rows"], facts, info, sealed)
+
+
+def _schema(spec: JobSpec, types: Mapping[str, pa.DataType], facts: Facts) -> pa.Schema:
+    """Columns of `documents` for this job."""
+    corpus = spec.corpus
+    keep, filters = ({name: types[name] for name in names} for names in (corpus.keep, corpus.filter))
+    return documents_schema(facts.full_dim, spec.embed.vectors, keep, filters, corpus.keep_text)
 
 
 def _log(record: Record) -> None:

@@ -40,6 +40,11 @@ def run(spec: JobSpec, parent: Parent, declared: Sequence[int] | None, root: Pat
             kind,
             f"the model declares {list(declared)}" if declared else "no declared dims",
         )
+    if kind == "none" and not declared:
+        log.warning("fit transform=none: the model declares no Matryoshka dims; plain prefixes may lose much")
+    far = [prefix.dim for prefix in spec.prefixes if declared and kind == "none" and prefix.dim not in declared]
+    if far:
+        log.warning("fit transform=none: the model was trained for %s, not for %s", list(declared or ()), far)
     sample = _Sample(parent, spec.seed, spec.transform.sample_rows)
     with threadpool_limits(1):  # eigh differs in its last bits with the number of threads
         transform, name, explained = _transform(kind, sample, ledger)

@@ -51,6 +51,14 @@ class Corpus(Section):
     max_quarantined: float = Field(0.01, ge=0, le=1, description="share of rows; 10 rows are always allowed")
 
     @model_validator(mode="after")
+    def _source_has_no_secret(self) -> Self:
+        for entry in self.source:
+            if re.search(r"://[^/]*@", entry):
+                shown = re.sub(r"://[^/]*@", "://…@", entry)
+                raise ValueError(f"source {shown}: keep credentials out of the spec; set them in the environment")
+        return self
+
+    @model_validator(mode="after")
     def _columns_are_distinct(self) -> Self:
         carried = [*self.keep, *self.filter]
         for name in carried:

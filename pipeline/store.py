@@ -132,7 +132,7 @@ def write_fragments(uri: str, data: pa.Table, schema: pa.Schema) -> list[dict[st
         data.cast(schema) if data.schema != schema else data,
         uri,
         schema=schema,
-        mode="create",
+        mode="overwrite" if table_exists(uri) else "create",
         max_rows_per_file=2**31,
         data_storage_version=LANCE_FORMAT,
     )
@@ -158,7 +158,8 @@ def commit(uri: str, schema: pa.Schema, fragments: Sequence[dict[str, Any]]) -> 
     if missing:
         raise StaleError(f"{uri}: {len(missing)} data files are gone, for example {missing[0]}; delete the root")
     current = open_table(uri) if table_exists(uri) else None
-    if current is not None and _data_files([f.metadata for f in current.get_fragments()]) == wanted:
+    held = [] if current is None else [fragment.metadata for fragment in current.get_fragments()]
+    if current is not None and _data_files(held) == wanted and not any(one.deletion_file for one in held):
         return int(current.version)
     Path(uri).mkdir(parents=True, exist_ok=True)
     return int(lance.LanceDataset.commit(uri, lance.LanceOperation.Overwrite(schema, parsed)).version)

@@ -66,6 +66,13 @@ def test_a_finished_root_is_enough_to_search(matryoshka, spec, job_file):
     assert len(out.splitlines()) == 10
 
 
+def test_search_takes_the_cascade_of_the_spec_it_is_given(matryoshka, job_file):
+    assert matryoshka("run", job_file())[0] == 0
+    cascade = "search.cascade=[{table: prefix_16_int8, shortlist: 50}]"
+    _, out, _ = matryoshka("search", job_file(), "w001", "--explain", "--json", "--set", cascade)
+    assert [json.loads(line)["table"] for line in out.splitlines()] == ["prefix_16_int8", "documents"]
+
+
 def test_a_run_can_stop_and_go_on(matryoshka, job_file):
     job = job_file()
     code, out, _ = matryoshka("run", job, "--until", "embed")

@@ -177,6 +177,40 @@ def test_another_prefix_embeds_nothing_and_touches_no_other_table(spec, values):
     assert all(second["tables"][name] == first["tables"][name] for name in first["tables"])
 
 
+def test_another_transform_is_a_new_generation_and_the_old_one_stays(spec):
+    from pipeline.search import Index
+
+    first = run(spec())
+    plain = run(spec(transform={"kind": "none"}))
+    again = run(spec())
+    assert [one["transform"]["kind"] for one in (first, plain, again)] == ["pca", "none", "pca"]
+    digests = [one["tables"]["prefix_16_float16"]["digest"] for one in (first, plain, again)]
+    assert digests[0] == digests[2] != digests[1]
+    for generation in (first, plain, again):
+        index = Index(Path(generation["spec"]["root"]), generation)
+        assert index.search("w001 w002", k=120, cascade=[("prefix_16_float16", 120)])["rank"].to_list()[-1] == 120
+
+
+@pytest.mark.parametrize("change", ["delete", "replace"])
+def test_documents_changed_by_someone_else_are_published_again(spec, change):
+    first = run(spec())
+    path = str(Path(first["spec"]["root"]) / "lancedb" / "documents.lance")
+    if change == "delete":
+        lance.dataset(path).delete("row < 5")
+    else:
+        lance.write_dataset(lance.dataset(path).to_table().slice(0, 7), path, mode="overwrite")
+    again = run(spec())
+    assert again["tables"]["documents"]["digest"] == first["tables"]["documents"]["digest"]
+    assert documents(first["spec"]["root"])["row"].to_list() == list(range(120))
+
+
+def test_lost_data_files_are_told(spec):
+    first = run(spec())
+    next(iter(written_files(first["spec"]["root"]))).unlink()
+    with pytest.raises(StaleError, match="1 data files are gone"):
+        run(spec())
+
+
 @pytest.mark.parametrize(
     ("field", "overrides"),
     [

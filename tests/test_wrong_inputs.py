@@ -246,7 +246,7 @@ SOURCES = [
             files={f"rows.{suffix}": FRAME},
             corpus__source=f"rows.{suffix}",
             **{f"corpus__{place}": "colour"},
-        )  # fmt: skip
+        )
         for place in ("id", "text", "keep", "filter")
         for suffix in ("parquet", "csv", "jsonl")
     ),
@@ -262,7 +262,7 @@ DATA = [
             f"b.{suffix}",
             "'text'",
             "files must agree",
-        )  # fmt: skip
+        )
         for suffix in ("parquet", "csv")
     ),
     *(
@@ -275,7 +275,7 @@ DATA = [
             "int64",
             "files must agree",
             corpus__filter="year",
-        )  # fmt: skip
+        )
         for suffix in ("parquet", "jsonl")
     ),
     data("keep-of-two-types", {"a.jsonl": LINES + ODD}, "a.jsonl", "'year'", "several types", corpus__keep="year"),
@@ -321,6 +321,7 @@ MODELS = [
     bad_model("pickle-in-a-module", 2, {"config.json": {}, **WEIGHTS, "2_Dense/a.bin": b""}, "a.bin", "run code"),
     bad_model("module-of-its-own", 2, {"modules.json": [FOREIGN], **WEIGHTS}, "custom_st.Transformer", "code"),
     bad_model("auto-map", 2, {"config.json": {"auto_map": {}}, **WEIGHTS}, "auto_map", "code"),
+    bad_model("auto-map-below", 2, {"modules.json": [MODULE], "0/config.json": {"auto_map": {}}}, "auto_map", "code"),
     bad_model("garbage-modules", 2, {"modules.json": b"[{"}, "modules.json", "not readable JSON"),
     bad_model("names-for-modules", 2, {"modules.json": ["a"], **WEIGHTS}, "modules.json", "no list of modules"),
     bad_model("mapping-for-modules", 2, {"modules.json": {}, **WEIGHTS}, "modules.json", "not a list"),
@@ -470,11 +471,19 @@ def test_said_before_the_first_shard(overrides, words, job_file, values, call, m
     assert call("run", job_file()).code == 0  # the root is as good as new
 
 
-def test_weights_that_end_too_early(model, job_file, values, call):
-    shutil.copytree(model, "cut")
-    weights = next(Path("cut").rglob("*.safetensors"))
-    weights.write_bytes(weights.read_bytes()[:-100])
-    call("run", job_file(model__name="cut")).refuses(3, "cannot read the weights of cut")
+@pytest.mark.parametrize(
+    ("file", "damage", "code", "words"),
+    [
+        pytest.param("model.safetensors", lambda whole: whole[:-100], 3, ["the weights of odd"], id="cut-weights"),
+        pytest.param("tokenizer.json", lambda whole: whole[:-100], 2, ["odd cannot be loaded"], id="cut-tokenizer"),
+        pytest.param("modules.json", lambda whole: whole.replace(b".Norm", b".X"), 2, ["odd cannot"], id="odd-module"),
+    ],
+)
+def test_a_model_that_cannot_be_loaded(file, damage, code, words, model, job_file, values, call):
+    shutil.copytree(model, "odd")
+    damaged = next(Path("odd").rglob(file))
+    damaged.write_bytes(damage(damaged.read_bytes()))
+    call("run", job_file(model__name="odd")).refuses(code, *words)
     assert ledger.begun(Path(values()["root"])) is None
 
 
@@ -485,17 +494,11 @@ def test_a_query_the_model_cannot_embed(job_file, values, call):
     assert call("run", job_file()).code == 0
 
 
-@pytest.fixture
-def packaged(model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Make the stand-in a packaged model `boxed` with this sha256."""
+def test_packaged_weights_with_another_digest(model, monkeypatch, job_file, values, call):
     shutil.copytree(model, "packages/boxed_weights/model")
     Path("packages/boxed_weights/__init__.py").touch()
     monkeypatch.syspath_prepend(str(Path("packages").absolute()))
-    return lambda digest: monkeypatch.setitem(models.PACKAGED, "boxed", ("boxed_weights", digest))
-
-
-def test_packaged_weights_with_another_digest(packaged, job_file, values, call):
-    packaged("0" * 64)
+    monkeypatch.setitem(models.PACKAGED, "boxed", ("boxed_weights", "0" * 64))
     call("run", job_file(model__name="boxed")).refuses(3, "weights of boxed", "000000000000", "reinstall")
     assert not Path(values()["root"]).exists()
 
@@ -544,7 +547,7 @@ def test_a_defect_keeps_its_traceback(job_file, call, monkeypatch):
 
 
 def test_corrected_data_runs_in_the_same_root(job_file, call):
-    write({"rows.csv": FRAME.with_columns(_id=pl.lit("same"))})
+    write({"rows.csv": but(FRAME, _id="same")})
     job = job_file(corpus__source="rows.csv")
     call("run", job).refuses(3, "duplicate id 'same'")
     write({"rows.csv": FRAME})
@@ -552,7 +555,7 @@ def test_corrected_data_runs_in_the_same_root(job_file, call):
 
 
 def test_a_spent_budget_can_be_raised(job_file, values, call):
-    write({"rows.csv": FRAME.with_columns(text=pl.Series([*["unheard"] * 11, *FRAME["text"][11:]]))})
+    write({"rows.csv": some("text", "unheard", 11)})
     job = job_file(corpus__source="rows.csv", corpus__text="text")
     call("run", job).refuses(3, "11 of 20 rows", "zero_norm 11")
     assert call("run", job, "--set", "corpus.max_quarantined=0.6").code == 0
@@ -562,7 +565,7 @@ def test_a_spent_budget_can_be_raised(job_file, values, call):
 # A finished root refuses what would change or mix it
 
 
-CARRIED = {"corpus__keep": ["title"], "corpus__filter": ["lang", "year"]}
+CARRIED = {"keep": ["title"], "filter": ["lang", "year"]}
 
 
 @pytest.fixture(scope="module")
@@ -570,21 +573,15 @@ def once(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
     """A folder with a corpus and a finished root, made once; tests change copies."""
     folder = tmp_path_factory.mktemp("once")
     corpus_frame().write_parquet(folder / "corpus.parquet")
-    corpus = {"source": str(folder / "corpus.parquet"), "id": "_id", "text": ["title", "text"]}
-    corpus |= {"keep": ["title"], "filter": ["lang", "year"]}
-    tables = [EIGHT, {"dim": 16, "precision": "int8"}, {"dim": 16, "precision": "float16"}]
-    run(
-        JobSpec.of(
-            {
-                "name": "test",
-                "root": str(folder / "root"),
-                "corpus": corpus,
-                "model": {"name": str(model)},
-                "prefixes": tables,
-                "workers": {"count": 0},
-            }
-        )
-    )
+    job = {
+        "name": "test",
+        "root": str(folder / "root"),
+        "corpus": {"source": str(folder / "corpus.parquet"), "id": "_id", "text": ["title", "text"], **CARRIED},
+        "model": {"name": str(model)},
+        "prefixes": [EIGHT, {"dim": 16, "precision": "int8"}, {"dim": 16, "precision": "float16"}],
+        "workers": {"count": 0},
+    }
+    run(JobSpec.of(job))
     return folder
 
 
@@ -594,11 +591,12 @@ class Finished:
     def __init__(self, folder: Path, root: Path, job_file: Callable[..., Path]) -> None:
         shutil.copytree(folder / "root", root)
         self.root, self._source, self._job_file = root, folder / "corpus.parquet", job_file
-        self._files, self._hits = self._published(), self.hits()
+        self._files, self.found = self._published(), self.hits()
 
     def job(self, **overrides: Any) -> Path:
         """The spec that made it, with overrides."""
-        return self._job_file(**{"corpus__source": str(self._source), **CARRIED, **overrides})
+        carried = {f"corpus__{place}": names for place, names in CARRIED.items()}
+        return self._job_file(**{"corpus__source": str(self._source), **carried, **overrides})
 
     def hits(self) -> pl.DataFrame:
         """What a search finds."""
@@ -607,7 +605,7 @@ class Finished:
     def assert_unchanged(self) -> None:
         """Every published file is as it was, and can be searched."""
         assert self._published() == self._files
-        assert self.hits().equals(self._hits)
+        assert self.hits().equals(self.found)
 
     def _published(self) -> dict[str, str]:
         files = (path for path in self.root.rglob("*") if path.is_file())
@@ -692,6 +690,8 @@ def test_a_pinned_version_that_is_gone(version, finished, call):
         shutil.rmtree(Path(uri) / "_versions")
     call("search", finished.root, "w001").refuses(4, "prefix_8_binary", "version", "run the job again")
     assert ledger.newest_generation(finished.root)["generation"] == 1
+    assert call("run", finished.job()).code == 0
+    assert finished.hits().equals(finished.found)
 
 
 @pytest.mark.parametrize(
@@ -717,6 +717,8 @@ def test_an_unfinished_root_is_not_searched(job_file, values, call):
     job = job_file()
     assert call("run", job, "--until", "embed").code == 0
     call("search", job, "w001").refuses(4, "no finished generation")
+    call("run", job, "--set", "embed.vectors=float32").refuses(4, "embed.vectors")
+    assert call("run", job).code == 0
 
 
 def test_search_with_another_model_than_recorded(finished, other_model, call):
@@ -833,7 +835,7 @@ def test_a_cascade_of_an_unknown_table_on_the_command_line(finished, call):
     ],
 )
 def test_a_real_process(arguments, code, words, job_file, values):
-    write({"twice.csv": FRAME.with_columns(_id=pl.lit("same"))})
+    write({"twice.csv": but(FRAME, _id="same")})
     root = Path(values()["root"])
     root.mkdir()
     places = {"JOB": str(job_file()), "ROOT": str(root)}

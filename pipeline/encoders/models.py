@@ -129,7 +129,8 @@ def _check_loadable(name: str, path: Path) -> None:
         for module in modules
         if not str(module.get("type")).startswith("sentence_transformers.")
     ]
-    foreign += ["auto_map in config.json"] if "auto_map" in _json(path / "config.json") else []
+    configs = sorted(path.rglob("config.json"))
+    foreign += [f"auto_map in {file.relative_to(path)}" for file in configs if "auto_map" in _json(file)]
     if foreign:
         raise SpecError(f"model.name: {name} needs code of its own ({foreign[0]}); only library modules are run")
     if not any(path.rglob("*.safetensors")):

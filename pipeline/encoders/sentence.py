@@ -61,6 +61,13 @@ class SentenceEncoder:
             )
         except SafetensorError as error:
             raise DataError(f"cannot read the weights of {folder.name}: {error}; fetch the model again") from None
+        except (RuntimeError, MemoryError):  # of the device, not of the folder
+            raise
+        except Exception as error:  # whatever the libraries raise for files they cannot use
+            if getattr(error, "errno", None):
+                raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise SpecError(f"model.name: {folder.name} cannot be loaded: {reason}") from error
         self._model.eval()
         self.precision: TorchPrecision = "float32"
         self.max_tokens = self._limit(folder, max_tokens)
