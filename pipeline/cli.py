@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import time
@@ -103,10 +104,13 @@ def run_command(
     elif not generation:
         out.print(f"Stopped after {last}, as asked. To go on: {_me()} run {job}")
     else:
-        if before is not None and before["generation"] == generation["generation"]:
+        is_new = before is None or before["generation"] != generation["generation"]
+        if not is_new:
             out.print(f"Nothing left to do: generation {generation['generation']} of {spec.root} is up to date.")
         _summary(spec, generation)
-        _examples(spec, job, generation)
+        if is_new:
+            _examples(spec, generation)
+        _next(spec, job)
 
 
 @app.command()
@@ -297,12 +301,15 @@ def _print_evaluation(measured: pl.DataFrame) -> None:
     out.print(table)
 
 
-def _examples(spec: JobSpec, job: str, generation: dict[str, Any]) -> None:
+def _examples(spec: JobSpec, generation: dict[str, Any]) -> None:
     if spec.search.examples:
         index = Index(Path(spec.root), generation)
         for text in spec.search.examples:
             out.print(f"\n[bold]{_plain(text)}[/]")
             _print_hits(index.search(text, k=3))
+
+
+def _next(spec: JobSpec, job: str) -> None:
     text = spec.search.examples[0] if spec.search.examples else "your question"
     out.print("\nNext:")
     out.print(f'  {_me()} search {job} "{_plain(text)}" -k 5 --explain')
@@ -318,10 +325,10 @@ def _print_hits(hits: pl.DataFrame) -> None:
 
 def _me() -> str:
     """How this command was called."""
-    called = Path(sys.argv[0])
-    if called.name == "__main__.py":
+    called = sys.argv[0]
+    if called.endswith("__main__.py"):
         return f"{Path(sys.executable).name} -m pipeline"
-    return os.path.relpath(called) if called.is_absolute() and called.is_relative_to(Path.cwd()) else called.name
+    return Path(called).name if shutil.which(Path(called).name) == called else os.path.relpath(called)
 
 
 @contextmanager

@@ -76,7 +76,9 @@ def test_search_takes_the_cascade_of_the_spec_it_is_given(matryoshka, job_file):
 def test_a_run_can_stop_and_go_on(matryoshka, job_file):
     job = job_file()
     code, out, _ = matryoshka("run", job, "--until", "embed")
-    assert (code, out) == (0, f"Stopped after embed, as asked. To go on: matryoshka run {job}\n")
+    assert code == 0
+    assert out.startswith("Stopped after embed, as asked. To go on: ")
+    assert out.endswith(f"matryoshka run {job}\n")
     code, out, _ = matryoshka("status", job)
     assert "embed        done" in out
     assert "generation   None" in out

@@ -10,9 +10,12 @@ from pipeline.vectors import Codec, bytes_per_row, int8_scale, top, truncate, un
 finite = st.floats(-1e3, 1e3, width=32)
 
 
-def matrices(columns=None):
+ANY_DIM = st.integers(1, 24)
+
+
+def matrices(columns=ANY_DIM):
     """float32 rows; `columns` is a strategy for their dimension."""
-    return (columns or st.integers(1, 24)).flatmap(
+    return columns.flatmap(
         lambda width: hnp.arrays(np.float32, st.tuples(st.integers(1, 12), st.just(width)), elements=finite)
     )
 
