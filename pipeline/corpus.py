@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline import docstrings, rows, sources, store
+from pipeline import docstrings, ids, rows, sources, store
 from pipeline.errors import DataError, SpecError
 from pipeline.ledger import Ledger
 from pipeline.sources import Part, Reader, Shard, SourceFile
@@ -28,8 +27,6 @@ from pipeline.tables import FORMAT
 from pipeline.workers import OnProgress, Pool, Progress
 
 UNIT_BYTES, UNIT_FILES = 64 * 2**20, 500
-HASHES_AT_ONCE = 8_000_000
-"""Ids compared in one pass over the spilled hashes; about 300 MB."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +129,7 @@ class _Scanner:
         self._corpus, self._ledger = corpus, Ledger(root, "corpus")
 
     def __call__(self, unit: Unit) -> None:
-        spill = _Spill(self._ledger.file(f"{unit.name}.ids.parquet"))
+        spill = ids.Spill(_spill(self._ledger, unit.name))
         files: list[dict[str, Any]] = []
         reasons: Counter[str] = Counter()
         repaired, first_row = 0, 0
@@ -151,7 +148,7 @@ class _Scanner:
                 if self._corpus.id:
                     named = [*zip(clean.offsets, clean.ids, strict=True)]
                     named += [(offset, name) for offset, name, _, _ in clean.rejected if name is not None]
-                    spill.add([rows.id_hash(name) for _, name in named], [first_row + offset for offset, _ in named])
+                    spill.add([ids.of_id(name) for _, name in named], [first_row + offset for offset, _ in named])
                 else:
                     spill.add(clean.digests, [first_row + offset for offset in clean.offsets])
             files.append({"rows": count, "sha256": _content_digest(file)})
@@ -178,38 +175,12 @@ class _Scanner:
         return types
 
 
-class _Spill:
-    """128-bit hashes and the rows they stand for, on disk, a row group at a time."""
-
-    GROUP = 200_000
-
-    def __init__(self, path: Path) -> None:
-        schema = pa.schema([("high", pa.uint64()), ("low", pa.uint64()), ("row", pa.int64())])
-        self._writer = pq.ParquetWriter(path, schema)
-        self._hashes: list[bytes] = []
-        self._rows: list[int] = []
-
-    def add(self, hashes: Sequence[bytes], row_numbers: Sequence[int]) -> None:
-        self._hashes += hashes
-        self._rows += row_numbers
-        if len(self._rows) >= self.GROUP:
-            self._flush()
-
-    def close(self) -> None:
-        self._flush()
-        self._writer.close()
-
-    def _flush(self) -> None:
-        high, low = _halves(self._hashes)
-        columns = [high, low, np.array(self._rows, np.int64)]
-        self._writer.write_table(pa.Table.from_arrays([pa.array(c) for c in columns], schema=self._writer.schema))
-        self._hashes, self._rows = [], []
+def _spill(ledger: Ledger, unit: str) -> Path:
+    return ledger.file(f"{unit}.ids.parquet")
 
 
-def _halves(hashes: Sequence[bytes]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """128-bit hashes as two columns of 64 bits."""
-    both = np.frombuffer(b"".join(hashes), dtype=">u8").reshape(-1, 2).astype(np.uint64)
-    return both[:, 0], both[:, 1]
+def _rows(record: dict[str, Any]) -> int:
+    return sum(file["rows"] for file in record["files"])
 
 
 def _without_extras(corpus: Corpus) -> Corpus:
@@ -264,7 +235,9 @@ def _finish(corpus: Corpus, ledger: Ledger, key: str, units: Sequence[Unit]) -> 
     reasons: Counter[str] = Counter()
     for record in records:
         reasons.update(record["reasons"])
-    repeated = _repeated(ledger, units, records)
+    repeated = ids.repeated(
+        [(_spill(ledger, unit.name), _rows(record)) for unit, record in zip(units, records, strict=True)]
+    )
     if len(repeated) and corpus.id:
         raise _duplicate_id(corpus, files, counts, repeated)
     if len(repeated):
@@ -293,24 +266,6 @@ def _check_filter_types(corpus: Corpus, types: dict[str, pa.DataType]) -> None:
             raise DataError(
                 f"corpus.filter: column {name!r} is {kind}; filters need strings, numbers or booleans (keep it instead)"
             )
-
-
-def _repeated(ledger: Ledger, units: Sequence[Unit], records: Sequence[dict[str, Any]]) -> pl.DataFrame:
-    """Every row (high, low, row, first) whose hash an earlier row has; memory is bounded by passes over ranges."""
-    spills, first_row = [], 0
-    for unit, record in zip(units, records, strict=True):
-        spills.append(pl.scan_parquet(ledger.file(f"{unit.name}.ids.parquet")).with_columns(pl.col("row") + first_row))
-        first_row += sum(file["rows"] for file in record["files"])
-    passes = max(1, -(-first_row // HASHES_AT_ONCE))
-    edges = [2**64 * number // passes for number in range(passes)]
-    found = []
-    for number, low in enumerate(edges):
-        inside = pl.col("high") >= pl.lit(low, pl.UInt64)
-        if number + 1 < passes:
-            inside &= pl.col("high") < pl.lit(edges[number + 1], pl.UInt64)
-        part = pl.concat(spills).filter(inside).collect().with_columns(first=pl.col("row").min().over("high", "low"))
-        found.append(part.filter(pl.col("row") > pl.col("first")))
-    return pl.concat(found).sort("row")
 
 
 def _duplicate_id(
@@ -388,22 +343,8 @@ def _parts(files: Sequence[SourceFile], starts: NDArray[np.int64], start: int, s
 
 def known_ids(root: Path, scan: Scan, corpus: Corpus, names: Sequence[str]) -> list[bool]:
     """Which of these ids the corpus holds, by the spilled hashes."""
-    digests = [rows.id_hash(name) if corpus.id else _as_digest(name) for name in names]
-    high, low = _halves(digests)
-    asked = pl.DataFrame({"high": high, "low": low}).with_row_index("number")
-    ledger = Ledger(root, "corpus")
-    spills = [pl.scan_parquet(ledger.file(f"{unit}.ids.parquet")).select("high", "low") for unit in scan.units]
-    found = set(asked.lazy().join(pl.concat(spills), on=["high", "low"], how="semi").collect()["number"].to_list())
-    return [number in found for number in range(len(names))]
-
-
-def _as_digest(name: str) -> bytes:
-    """An id that is the hash of its text; anything else stands for no row."""
-    try:
-        digest = bytes.fromhex(name)
-    except ValueError:
-        digest = b""
-    return digest if len(digest) == 16 else rows.id_hash(name)
+    hashes = [ids.of_id(name) if corpus.id else ids.of_text_id(name) for name in names]
+    return ids.known([_spill(Ledger(root, "corpus"), unit) for unit in scan.units], hashes)
 
 
 def known_rows(files: Sequence[SourceFile]) -> int | None:

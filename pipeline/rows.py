@@ -3,7 +3,6 @@
 The scan and the embedding both come here, so they agree on every row.
 """
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline import ids
 from pipeline.errors import DataError
 from pipeline.sources import Column, RawBatch
 from pipeline.spec import Corpus
@@ -79,7 +79,7 @@ def clean(raw: RawBatch, file: str, corpus: Corpus, types: Mapping[str, pa.DataT
     Raises DataError where an id is missing or of a type that cannot be one.
     """
     rows = Rows(file)
-    ids = _values(raw.columns[corpus.id]) if corpus.id else [None] * raw.count
+    names = _values(raw.columns[corpus.id]) if corpus.id else [None] * raw.count
     parts = [_values(raw.columns[name]) for name in corpus.text]
     for column in corpus.text:
         _check_text_type(raw.columns[column], column, file)
@@ -89,13 +89,13 @@ def clean(raw: RawBatch, file: str, corpus: Corpus, types: Mapping[str, pa.DataT
         if number in raw.bad:
             rows.rejected.append((offset, None, "undecodable", raw.bad[number][:200]))
             continue
-        name = _id(ids[number], corpus.id, file, offset) if corpus.id else None
+        name = _id(names[number], corpus.id, file, offset) if corpus.id else None
         text, repaired = _text([part[number] for part in parts])
         if isinstance(text, Refused):
             rows.rejected.append((offset, name, text.reason, text.detail))
             continue
         rows.repaired += repaired
-        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        digest = ids.of_text(text)
         kept.append(number)
         rows.offsets.append(offset)
         rows.ids.append(digest.hex() if name is None else name)
@@ -208,11 +208,6 @@ def typed(column: Column, kind: pa.DataType, name: str, file: str) -> pa.Array:
         return pa.array(column, kind)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DataError(f"{file}: column {name!r} does not fit {kind}: {str(error).splitlines()[0]}") from None
-
-
-def id_hash(name: str) -> bytes:
-    """128 bits that stand for a given id in the check for duplicates."""
-    return hashlib.blake2b(name.encode("utf-8", "replace"), digest_size=16).digest()
 
 
 def check_budget(corpus: Corpus, total: int, reasons: Mapping[str, int]) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import polars as pl
 
 from pipeline import corpus, derive, embed, evaluate, fit, index, ledger, store
+from pipeline.embedder import COUNTERS
 from pipeline.encoders import models
 from pipeline.errors import DataError, SpecError, StaleError
 from pipeline.search import Index
@@ -115,7 +116,7 @@ class _Run:
             return {}
         parent = Parent(full.uri, full.version, full.digest, full.rows, full.info)
         with self.stage("fit", None):
-            fits = fit.run(spec, parent, full.facts.matryoshka_dims, root)
+            fits = fit.run(spec, parent, spec.model.matryoshka_dims or self.folder.matryoshka_dims, root)
         if last == "fit":
             return {}
         filters = {name: scan.types[name] for name in spec.corpus.filter}
@@ -172,7 +173,7 @@ class _Run:
             if entry["rows"] != full.rows and name != PARAMETERS:
                 raise DataError(f"{name} has {entry['rows']} rows where documents has {full.rows}; delete the root")
         facts = full.facts
-        counters = {name: full.counters[name] for name in (*embed.COUNTERS, "seconds", "peak_memory_bytes")}
+        counters = {name: full.counters[name] for name in (*COUNTERS, "seconds", "peak_memory_bytes")}
         return {
             "format": FORMAT,
             "spec": self.spec.model_dump(mode="json"),

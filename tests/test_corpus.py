@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import corpus, docstrings, rows, sources, store
+from pipeline import corpus, docstrings, ids, rows, sources, store
 from pipeline.errors import DataError
 from pipeline.spec import Corpus, Workers
 from pipeline.workers import Pool
@@ -209,7 +209,7 @@ def test_an_unchanged_file_is_not_read_again(tmp_path, scan, monkeypatch):
 
 
 def test_duplicates_are_found_in_several_passes(tmp_path, scan, monkeypatch):
-    monkeypatch.setattr(corpus, "HASHES_AT_ONCE", 10)
+    monkeypatch.setattr(ids, "HASHES_AT_ONCE", 10)
     frame = corpus_frame(100)
     doubled = pl.concat([frame, frame[41:42]])
     path = save(doubled, tmp_path / "c.parquet")

@@ -9,9 +9,10 @@ PACKAGE = Path(__file__).parent.parent / "pipeline"
 LEVELS = [
     {"errors", "vectors"},
     {"transform", "filters"},
-    {"spec", "store", "docstrings", "tables"},
+    {"spec", "store", "docstrings", "tables", "ids"},
     {"sources", "ledger", "encoders", "workers"},
     {"rows"},
+    {"embedder"},
     {"corpus", "embed", "fit", "derive", "index", "search"},
     {"evaluate"},
     {"run"},

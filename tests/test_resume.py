@@ -231,6 +231,21 @@ def test_other_settings_are_refused_by_name(spec, field, overrides):
         run(spec(**overrides))
 
 
+@pytest.mark.parametrize("field", ["document", "query"])
+def test_going_back_to_the_models_own_prompt_is_a_change(spec, field):
+    run(spec(model__prompts={field: "w001 "}))
+    with pytest.raises(StaleError, match=f"another model.prompts.{field}: 'w001 ' then, None now"):
+        run(spec())
+    run(spec(model__prompts={field: "w001 "}))
+
+
+def test_auto_takes_what_was_resolved_and_another_value_is_refused(spec):
+    run(spec(model__precision="float32"))
+    run(spec())
+    with pytest.raises(StaleError, match="another model.precision: 'float32' then, 'bfloat16' now"):
+        run(spec(model__precision="bfloat16"))
+
+
 def test_another_model_is_refused(spec, other_model):
     run(spec())
     with pytest.raises(StaleError, match=r"another model\.digest"):
