@@ -51,7 +51,7 @@ class TableInfo:
 
     def to_schema(self, schema: pa.Schema) -> pa.Schema:
         """The schema with this metadata."""
-        return schema.with_metadata({METADATA_KEY: json.dumps(asdict(self)).encode()})
+        return schema.with_metadata({METADATA_KEY: json.dumps(asdict(self), separators=(",", ":")).encode()})
 
     @classmethod
     def of(cls, schema: pa.Schema) -> "TableInfo":

@@ -88,7 +88,8 @@ def test_scales_are_positive_short_and_large_enough(largest):
     scale = int8_scale(largest)
     assert (scale > 0).all()
     assert (largest / scale <= 127.01).all()
-    assert all(len(str(step)) <= 13 for step in scale)
+    assert (scale * 126.8 <= np.maximum(largest, 1e-6)).all()
+    assert all(len(str(step)) <= 10 for step in scale)
 
 
 @given(matrices())
