@@ -17,7 +17,7 @@ import polars as pl
 from pipeline import corpus, derive, embed, evaluate, fit, index, ledger, store
 from pipeline.embedder import COUNTERS
 from pipeline.encoders import models
-from pipeline.errors import DataError, SpecError, StaleError
+from pipeline.errors import DataError, SpecError
 from pipeline.search import Index
 from pipeline.spec import JobSpec
 from pipeline.tables import DOCUMENTS, FORMAT, PARAMETERS, Parent
@@ -67,10 +67,10 @@ class _Run:
         self.first: Stage = "corpus"
 
     @contextmanager
-    def stage(self, name: Stage, rows: int | None, finished: bool = True) -> Iterator[Callable[[Progress], None]]:
-        """Time a stage and report its progress."""
-        if STAGES.index(name) < STAGES.index(self.first) and not finished:
-            raise StaleError(f"{self.root}: stage {name} is not finished; run without --from {self.first}")
+    def stage(self, name: Stage, rows: int | None) -> Iterator[Callable[[Progress], None]]:
+        """Time a stage and report its progress; one before the first gets no workers."""
+        asked_for = STAGES.index(name) >= STAGES.index(self.first)
+        self.pool.closed = "" if asked_for else f"stage {name} is not finished; run without --from {self.first}"
         start = time.perf_counter()
         self.on_stage(name, rows, Progress())
         yield lambda progress: self.on_stage(name, rows, progress)
@@ -94,7 +94,7 @@ class _Run:
         )
         if last == "corpus":
             return {}
-        with self.stage("embed", scan.rows, self._embedded()) as tell:
+        with self.stage("embed", scan.rows) as tell:
             shards = corpus.shards(scan, spec.corpus, root)
             full = embed.run(spec, self.folder, shards, self._corpus_fields(scan), scan.types, root, self.pool, tell)
         counters = full.counters
@@ -130,9 +130,6 @@ class _Run:
             return {}
         candidate = self._candidate(scan, full, fits, derived, indexed)
         return self._evaluated(candidate)
-
-    def _embedded(self) -> bool:
-        return ledger.Ledger(self.root, "embed").get("sealed") is not None
 
     def _corpus_fields(self, scan: corpus.Scan) -> dict[str, Any]:
         """The corpus' part of the fingerprint."""
@@ -242,4 +239,6 @@ class _Run:
 
 
 def _same(newest: Mapping[str, Any], candidate: Mapping[str, Any]) -> bool:
-    return {name: newest.get(name) for name in candidate} == candidate
+    """Whether a generation says what the candidate would; who did the work does not count."""
+    specs = [{**one["spec"], "workers": None} for one in (newest, candidate)]
+    return specs[0] == specs[1] and all(newest.get(name) == candidate[name] for name in candidate if name != "spec")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from types import ModuleType, TracebackType
 from typing import Any, Protocol
 
-from pipeline.errors import PipelineError, SpecError
+from pipeline.errors import PipelineError, SpecError, StaleError
 from pipeline.spec import Workers
 
 log = logging.getLogger(__name__)
@@ -102,6 +102,7 @@ class Pool:
 
     def __init__(self, settings: Workers) -> None:
         self._settings = settings
+        self.closed = ""  # why no work may be done now
         self._ray: ModuleType | None = None
         self._started_here = False
         self._plan: Plan | None = None
@@ -158,7 +159,9 @@ class Pool:
 
     @contextmanager
     def team(self, setup: Setup, on_progress: OnProgress | None = None, gpus: bool = False) -> "Iterator[Team]":
-        """Workers with one handler each; `gpus`: they need the GPUs of the plan."""
+        """Workers with one handler each; `gpus`: they need the GPUs of the plan. StaleError where closed."""
+        if self.closed:
+            raise StaleError(self.closed)
         plan = self.plan
         if self._ray is None:
             yield LocalTeam(setup, plan, on_progress)

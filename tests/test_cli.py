@@ -82,7 +82,11 @@ def test_a_run_can_stop_and_go_on(matryoshka, job_file):
     code, out, _ = matryoshka("status", job)
     assert "embed        done" in out
     assert "generation   None" in out
+    code, _, err = matryoshka("run", job, "--from", "index")
+    assert code == 4
+    assert "stage derive is not finished; run without --from index" in err
     assert matryoshka("run", job, "--from", "fit")[0] == 0
+    assert "Nothing left" in matryoshka("run", job, "--from", "index", "--set", "workers.count=0")[1]
     assert matryoshka("run", job_file(root="elsewhere"), "--from", "fit")[0] == 4
 
 
