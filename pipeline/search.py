@@ -21,7 +21,7 @@ from pipeline.encoders import models
 from pipeline.encoders.batches import Encoder, encode_rows
 from pipeline.errors import DamageError, DataError, QueryError, StaleError
 from pipeline.spec import check_cascade
-from pipeline.tables import DOCUMENTS, PARAMETERS, TableInfo, vector_matrix
+from pipeline.tables import DOCUMENTS, PARAMETERS, TableInfo, matrices, vector_matrix
 from pipeline.transform import Transform
 from pipeline.vectors import MIN_NORM, Codec, Matrix, top, truncate, unit
 
@@ -107,10 +107,7 @@ class Index:
             name: store.open_table(store.table_uri(root, name), entry["version"])
             for name, entry in generation["tables"].items()
         }
-        self._matrices = {
-            row["digest"]: np.array(row["values"], np.float32).reshape(row["rows"], row["cols"])
-            for row in pinned[PARAMETERS].to_table().to_pylist()
-        }
+        self._matrices = matrices(pinned[PARAMETERS].to_table())
         self.views = {
             name: self._view(name, table, generation["tables"][name].get("index"))
             for name, table in pinned.items()

@@ -128,6 +128,16 @@ def vector_matrix(column: pa.Array | pa.ChunkedArray) -> Matrix:
     return np.asarray(array.flatten().to_numpy(zero_copy_only=False)).reshape(len(array), array.type.list_size)
 
 
+def matrices(parameters: pa.Table) -> dict[str, Matrix]:
+    """The fitted artefacts in `parameters`: float32[rows, cols] by digest."""
+    named = zip(*(parameters.column(name).to_pylist() for name in ("digest", "rows", "cols")), strict=True)
+    values = parameters.column("values")
+    return {
+        digest: values[number].values.to_numpy().reshape(rows, cols)
+        for number, (digest, rows, cols) in enumerate(named)
+    }
+
+
 def logical_digest(table: pa.Table) -> str:
     """sha256 over every column's values in order, whatever the chunking; nulls count as nulls."""
     digest = hashlib.sha256()
