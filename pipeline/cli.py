@@ -1,5 +1,6 @@
 """The command `matryoshka`. Results go to stdout, progress and logs to stderr; the only module that prints."""
 
+import base64
 import errno
 import json
 import logging
@@ -114,15 +115,18 @@ def run_command(
 
 
 @app.command()
-def validate(job: Job, sets: Sets = None) -> None:
+def validate(job: Job, sets: Sets = None, as_json: AsJson = False) -> None:
     """Check the spec and that inputs can be read; starts no model."""
     _configure_logging(None)
     spec = JobSpec.load(job, sets or ())
     folder = check(spec)
     files = corpus.check(spec.corpus)
     rows = corpus.known_rows(files)
-    size = "rows not known yet" if rows is None else f"{rows:,} rows"
-    out.print(f"{job} is valid: {len(files)} corpus file(s), {size}, model {folder.name}")
+    if as_json:
+        out.print_json(data={"valid": True, "files": len(files), "rows": rows, "model": folder.name})
+    else:
+        size = "rows not known yet" if rows is None else f"{rows:,} rows"
+        out.print(f"{_plain(job)} is valid: {len(files)} corpus file(s), {size}, model {_plain(folder.name)}")
     if rows is not None and rows > WARN_SCAN_ROWS and _first_table(spec).endswith("int8"):
         err.print(
             f"[yellow]warning:[/] {_first_table(spec)} comes first in the cascade and LanceDB cannot index int8, "
@@ -190,19 +194,28 @@ def search(
     """Two-pass search."""
     _configure_logging(None)
     root, spec = _root_and_spec(job, sets)
-    index = open_index(root)
-    levels = spec.search.cascade if spec is not None else None
-    cascade = [] if exact else None if levels is None else [(level.table, level.shortlist) for level in levels]
+    folder = spec.model.name if spec is not None and Path(spec.model.name).expanduser().is_dir() else None
+    index = open_index(root, model=folder)
+    cascade = [] if exact else _cascade(spec, index, k)
     if explain:
         _explain(index.explain(text, k, where, cascade), as_json)
         return
     hits = index.search(text, k, where, cascade)
     if as_json:
-        sys.stdout.write(hits.write_ndjson())
+        for hit in hits.iter_rows(named=True):
+            sys.stdout.write(json.dumps(hit, ensure_ascii=False, default=_json_value) + "\n")
         return
     if not len(hits):
         out.print("no hit")
     _print_hits(hits)
+
+
+def _cascade(spec: JobSpec | None, index: Index, k: int) -> list[tuple[str, int]] | None:
+    """The spec's cascade where there is a spec; None leaves it to the index."""
+    if spec is None or k < 1:
+        return None
+    levels = spec.search.cascade
+    return index.default_cascade(k) if levels is None else [(level.table, level.shortlist) for level in levels]
 
 
 def _explain(steps: list[dict[str, Any]], as_json: bool) -> None:
@@ -223,7 +236,7 @@ def evaluate(job: Job, sets: Sets = None, as_json: AsJson = False) -> None:
     spec = JobSpec.load(job, sets or ())
     with _watched() as bars:
         run_job(spec, "evaluate", "evaluate", bars)
-    measured = pl.read_parquet(Path(spec.root) / "evaluation.parquet")
+    measured = pl.read_parquet(Path(spec.root) / "evaluation.parquet", glob=False)
     if as_json:
         sys.stdout.write(measured.write_ndjson())
     else:
@@ -270,23 +283,16 @@ def _summary(spec: JobSpec, generation: dict[str, Any]) -> None:
             f"  lancedb/{name}.lance", f"{entry['rows']:,}", each, f"{entry['bytes'] / 1e6:.1f}", index.get("kind", "-")
         )
     out.print(table)
-    _print_evaluation(pl.read_parquet(root / "evaluation.parquet"))
+    _print_evaluation(pl.read_parquet(root / "evaluation.parquet", glob=False))
 
 
 def _print_evaluation(measured: pl.DataFrame) -> None:
     judged = measured["ndcg"].null_count() < len(measured)
     k = measured["k"][0]
     names = ["recall_exact", *(["recall", "ndcg", "mrr"] if judged else [])]
-    table = Table(
-        "choice",
-        "mode",
-        "shortlist",
-        *(f"{name}@{k}" for name in names),
-        "bytes a row",
-        "median ms",
-        box=None,
-        padding=(0, 2),
-    )
+    table = Table(box=None, padding=(0, 1))
+    for heading in ("choice", "mode", "short list", *(f"{name} @{k}" for name in names), "bytes a row", "median ms"):
+        table.add_column(heading, no_wrap=heading == "choice", overflow="fold")
     for row in measured.iter_rows(named=True):
         values = [f"{row[name]:.4f}" for name in names]
         table.add_row(
@@ -315,6 +321,11 @@ def _next(spec: JobSpec, job: str) -> None:
     out.print(f'  {_me()} search {job} "{_plain(text)}" -k 5 --explain')
     out.print(f"  {_me()} status {job}")
     out.print(f"  {_me()} evaluate {job}")
+
+
+def _json_value(value: Any) -> str:
+    """What JSON has no word for: bytes as base64, the rest (dates, decimals) as text."""
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
 
 
 def _print_hits(hits: pl.DataFrame) -> None:

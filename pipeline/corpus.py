@@ -192,6 +192,8 @@ def _merged(types: dict[str, pa.DataType], seen: dict[str, pa.DataType], file: S
     merged = dict(types)
     for name, kind in seen.items():
         joined = rows.unify(types.get(name, kind), kind)
+        if joined is None and file.kind == "csv":
+            joined = pa.string()
         if joined is None:
             raise DataError(
                 f"{file.path}: column {name!r} is {kind} here and {types[name]} in the rows before; files must agree"

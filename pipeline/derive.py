@@ -86,7 +86,7 @@ def run(
     groups = _groups(parent)
     todo = []
     for number, group in enumerate(groups):
-        missing = tuple(table for table in tables if _ledger(root, table).get(f"{number:06d}") is None)
+        missing = tuple(table for table in tables if not _is_there(root, table, f"{number:06d}"))
         if missing:
             todo.append(Unit(number, group, missing))
     if todo:
@@ -125,6 +125,16 @@ def _table(prefix: Prefix, parent: Parent, fits: Fits) -> Table:
 
 def _ledger(root: Path, table: Table) -> Ledger:
     return Ledger(root, "derive", f"{table.name}-{table.key}")
+
+
+def _is_there(root: Path, table: Table, unit: str) -> bool:
+    """Whether a unit of a table is done; a record whose files are gone is dropped, so that it is derived again."""
+    ledger = _ledger(root, table)
+    record = ledger.get(unit)
+    if record is not None and store.lost_files(store.table_uri(root, table.name), record["fragments"]):
+        ledger.drop(unit)
+        return False
+    return record is not None
 
 
 def _groups(parent: Parent) -> list[tuple[int, ...]]:

@@ -4,6 +4,7 @@ Comes in: a scan and its shards. Workers write their shard's fragment (and Parqu
 driver publishes all of them in shard order with one commit. Vectors never pass through the driver.
 """
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -153,7 +154,7 @@ def check_dims(spec: JobSpec, full_dim: int) -> None:
 def _publish(
     spec: JobSpec, shards: Sequence[Shard], types: Mapping[str, pa.DataType], facts: Facts, root: Path
 ) -> Full:
-    """Check the budget, write quarantine.parquet, seal the stage, and commit every shard in order."""
+    """Check the budget, seal the stage, and publish it."""
     book = Ledger(root, "embed")
     records = [_required(book, shard) for shard in shards]
     reasons = sum((Counter(record["quarantined"]) for record in records), Counter[str]())
@@ -161,9 +162,9 @@ def _publish(
     total = sum(record["rows"] for record in records)
     if not total:
         raise DataError(f"no row could be embedded: {dict(reasons)}")
-    parts = [pq.read_table(book.file(f"{shard.name}.quarantine.parquet")) for shard in shards]
-    store.write(root / "quarantine.parquet", parquet_bytes(pa.concat_tables(parts)))
     sealed = {
+        "shards": [shard.name for shard in shards],
+        "quarantine": hashlib.sha256(_quarantine(root, [shard.name for shard in shards])).hexdigest(),
         "fragments": [fragment for record in records for fragment in record["fragments"]],
         "rows": total,
         "digest": combined_digest([record["digest"] for record in records]),
@@ -177,6 +178,13 @@ def _publish(
     return _full(root, spec, types, facts, book.add("sealed", sealed))
 
 
+def _quarantine(root: Path, shards: Sequence[str]) -> bytes:
+    """quarantine.parquet: what the shards set aside, in order."""
+    book = Ledger(root, "embed")
+    parts = [pq.read_table(book.file(f"{name}.quarantine.parquet")) for name in shards]
+    return parquet_bytes(pa.concat_tables(parts))
+
+
 def _required(book: Ledger, shard: Shard) -> Record:
     record = book.get(shard.name)
     assert record is not None, f"shard {shard.name} has no record after all work was done"
@@ -184,7 +192,10 @@ def _required(book: Ledger, shard: Shard) -> Record:
 
 
 def _full(root: Path, spec: JobSpec, types: Mapping[str, pa.DataType], facts: Facts, sealed: Record) -> Full:
-    """Publish what is sealed, unless the table holds just that already."""
+    """Publish what is sealed, `documents` and quarantine.parquet, unless they hold just that already."""
+    aside = root / "quarantine.parquet"
+    if not aside.is_file() or store.sha256(aside) != sealed["quarantine"]:
+        store.write(aside, _quarantine(root, sealed["shards"]))
     uri, info = store.table_uri(root, DOCUMENTS), documents_info(facts, spec)
     version = store.commit(uri, info.to_schema(documents_columns(spec, types, facts)), sealed["fragments"])
     return Full(uri, version, sealed["digest"], sealed["rows"], facts, info, sealed)

@@ -144,7 +144,7 @@ def _read(path: str, field: str, columns: Sequence[str]) -> pl.DataFrame:
     if not file.is_file():
         raise SpecError(f"{field}: there is no file {path}")
     readers: dict[str, Callable[[Path], pl.DataFrame]] = {
-        ".parquet": pl.read_parquet,
+        ".parquet": partial(pl.read_parquet, glob=False),
         ".jsonl": pl.read_ndjson,
         ".csv": partial(pl.read_csv, infer_schema=False),
         ".tsv": partial(pl.read_csv, infer_schema=False, separator="\t"),
@@ -258,9 +258,12 @@ def _timed(choice: Choice, vectors: Matrix, k: int, index: Index) -> NDArray[np.
 
 def recall_exact(found: NDArray[np.int64], truth: NDArray[np.int64]) -> NDArray[np.float64]:
     """Per query, the share of exact search's hits among those found; -1 stands for no hit."""
-    same = (truth[:, :, None] == found[:, None, :]).any(axis=2) & (truth >= 0)
-    share: NDArray[np.float64] = same.sum(axis=1) / np.maximum((truth >= 0).sum(axis=1), 1)
-    return share
+    shares = np.ones(len(truth))  # where there is nothing to find, nothing is missed
+    for number, (true, got) in enumerate(zip(truth, found, strict=True)):
+        wanted = true[true >= 0]
+        if len(wanted):
+            shares[number] = np.isin(wanted, got).mean()
+    return shares
 
 
 def _judged(ranking: Ranking, questions: Questions, k: int, index: Index) -> dict[str, NDArray[np.float64]]:

@@ -10,13 +10,30 @@ Our own because general SQL parsers keep parts of a node (a NOT before LIKE, an 
 can miss them, and a missed part is a wrong answer.
 """
 
+import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.errors import QueryError
 
-Kind = Literal["string", "number", "boolean"]
+Kind = Literal["string", "integer", "float", "boolean"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """What a filter column holds; integers lie within low … high."""
+
+    kind: Kind
+    low: int = -(2**63)
+    high: int = 2**63 - 1
+
+    @property
+    def wants(self) -> str:
+        """The kind of literal that it is compared with."""
+        return "number" if self.kind in ("integer", "float") else self.kind
+
 
 TOKEN = re.compile(
     r"""\s*(?: (?P<string>'(?:[^']|'')*')
@@ -30,8 +47,8 @@ MAX_DEPTH = 100
 """Nesting of NOT and parentheses; deeper conditions would exhaust Python's stack."""
 
 
-def rebuild(where: str, columns: Mapping[str, Kind]) -> str:
-    """The same condition as safe SQL for Lance; `columns` maps each filter column to its kind.
+def rebuild(where: str, columns: Mapping[str, Column]) -> str:
+    """The same condition as safe SQL for Lance; `columns` tells what each filter column holds.
 
     Raises QueryError for anything outside the grammar, an unknown column, or a literal of the wrong kind.
     """
@@ -45,7 +62,7 @@ def rebuild(where: str, columns: Mapping[str, Kind]) -> str:
 class _Parser:
     """Recursive descent over the grammar above; the current token is (kind, text)."""
 
-    def __init__(self, where: str, columns: Mapping[str, Kind]) -> None:
+    def __init__(self, where: str, columns: Mapping[str, Column]) -> None:
         self.where, self.columns, self.position = where, columns, 0
         self.kind = self.text = ""
         self.advance()
@@ -105,19 +122,22 @@ class _Parser:
         if self.kind == "sign" and self.text in ("=", "!=", "<>", "<", "<=", ">", ">="):
             operator = "!=" if self.text == "<>" else self.text
             self.advance()
-            return f"({quoted} {operator} {self.literal(name)})"
+            literal = self.literal(name)
+            if self.columns[name].kind == "integer":
+                return f"({_integer_test(name, self.columns[name], operator, _number(literal))})"
+            return f"({quoted} {operator} {literal})"
         if self.take("IS"):
             negated = self.take("NOT")
             self.expect("NULL")
             return f"({quoted} IS {'NOT ' if negated else ''}NULL)"
         no = "NOT " if self.take("NOT") else ""
         if self.take("IN"):
-            return f"({quoted} {no}IN ({self.literals(name)}))"
+            return f"({no}{self.membership(name)})"
         if self.take("LIKE"):
-            if self.columns[name] != "string":
-                raise QueryError(f"where: LIKE needs a column of strings, {name} holds {self.columns[name]}s")
+            if self.columns[name].kind != "string":
+                raise QueryError(f"where: LIKE needs a column of strings, {name} holds {self.columns[name].wants}s")
             return f"({quoted} {no}LIKE {self.literal(name)})"
-        if not no and self.columns[name] == "boolean":
+        if not no and self.columns[name].kind == "boolean":
             return quoted
         raise self.unexpected("= != < <= > >= IN, LIKE or IS")
 
@@ -131,32 +151,57 @@ class _Parser:
         self.advance()
         return name
 
-    def literals(self, column: str) -> str:
+    def membership(self, column: str) -> str:
+        items = self.literals(column)
+        if self.columns[column].kind == "integer":
+            tests = [_integer_test(column, self.columns[column], "=", _number(item)) for item in items]
+            return f"({' OR '.join(tests)})"
+        return f"(`{column}` IN ({', '.join(items)}))"
+
+    def literals(self, column: str) -> list[str]:
         self.expect("(")
         items = [self.literal(column)]
         while self.take(","):
             items.append(self.literal(column))
         self.expect(")")
-        return ", ".join(items)
+        return items
 
     def literal(self, column: str) -> str:
         kind = {"TRUE": "boolean", "FALSE": "boolean"}.get(self.text, "") if self.kind == "keyword" else self.kind
         if kind not in ("string", "number", "boolean"):
             raise self.unexpected("a 'string', a number, true or false")
-        if kind != self.columns[column]:
-            raise QueryError(f"where: {column} holds {self.columns[column]}s, {self.text} is a {kind}")
-        text = self.number(self.text) if kind == "number" else self.text.lower() if kind == "boolean" else self.text
+        if kind != self.columns[column].wants:
+            raise QueryError(f"where: {column} holds {self.columns[column].wants}s, {self.text} is a {kind}")
+        text = self.text.lower() if kind == "boolean" else self.text
+        if self.columns[column].kind == "float":
+            text = repr(float(_number(text)))
         self.advance()
         return text
 
-    def number(self, text: str) -> str:
-        try:
-            value: int | float = int(text)
-        except ValueError:
-            value = float(text)
-        if not -(2**63) <= value < 2**63:
-            raise QueryError(f"where: {text} is beyond 64 bits")
-        return repr(value)
-
     def unexpected(self, wanted: str) -> QueryError:
         return QueryError(f"where={self.where!r}: expected {wanted}, found {self.text!r}")
+
+
+def _number(text: str) -> int | float:
+    """The value of a literal; QueryError where it is too large to compare with."""
+    try:
+        value: int | float = int(text)
+    except ValueError:
+        value = float(text)
+    if math.isinf(value) or (isinstance(value, int) and abs(value) >= 2**63):
+        raise QueryError(f"where: {text} is beyond 64 bits")
+    return value
+
+
+def _integer_test(name: str, column: Column, operator: str, value: int | float) -> str:
+    """A comparison with integers only: Lance takes no fraction, and nothing beyond the column's own range."""
+    never = f"`{name}` > {column.high}" if column.low else f"`{name}` < 0"  # unknown where null, as SQL wants it
+    always = f"NOT ({never})"
+    if operator in ("=", "!=") and value != math.floor(value):
+        return never if operator == "=" else always
+    bound = math.floor(value) if operator in (">", "<=") else math.ceil(value)
+    if bound < column.low or (bound == column.low == -(2**63)):
+        return always if operator in (">", ">=", "!=") else never
+    if bound > column.high:
+        return always if operator in ("<", "<=", "!=") else never
+    return f"`{name}` {operator} {bound}"

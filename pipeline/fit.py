@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 from pipeline import store
 from pipeline.ledger import Ledger
 from pipeline.spec import JobSpec, Prefix
-from pipeline.tables import FORMAT, PARAMETERS, PARAMETERS_SCHEMA, Fits, Parent, vector_matrix
+from pipeline.tables import FORMAT, PARAMETERS, Fits, Parent, TableInfo, parameters_schema, vector_matrix
 from pipeline.transform import Moments, Transform, digest, pca
 from pipeline.vectors import Codec, Matrix, int8_scale, truncate
 
@@ -49,7 +49,7 @@ def run(spec: JobSpec, parent: Parent, declared: Sequence[int] | None, root: Pat
     with threadpool_limits(1):  # eigh differs in its last bits with the number of threads
         transform, name, explained = _transform(kind, sample, ledger)
         codecs = {prefix.table: _codec(prefix, transform, name, sample, ledger) for prefix in spec.prefixes}
-    version = _write_parameters(root, transform, name)
+    version = _write_parameters(root, transform, name, parent.info)
     return Fits(transform, name, codecs, explained, version)
 
 
@@ -117,9 +117,10 @@ def _key(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def _write_parameters(root: Path, transform: Transform, name: str | None) -> int:
+def _write_parameters(root: Path, transform: Transform, name: str | None, info: TableInfo) -> int:
     """Keep the fitted matrices where every reader finds them; the table's version."""
     uri = store.table_uri(root, PARAMETERS)
+    schema = parameters_schema(info)
     wanted = {} if name is None else {name: (transform.kind, transform.stacked())}
     if store.table_exists(uri):
         current = store.open_table(uri)
@@ -129,5 +130,5 @@ def _write_parameters(root: Path, transform: Transform, name: str | None) -> int
         {"digest": key, "kind": kind, "rows": len(values), "cols": values.shape[1], "values": values.ravel()}
         for key, (kind, values) in wanted.items()
     ]
-    table = pa.Table.from_pylist(artefacts, PARAMETERS_SCHEMA)
-    return store.commit(uri, PARAMETERS_SCHEMA, store.write_fragments(uri, table, PARAMETERS_SCHEMA))
+    table = pa.Table.from_pylist(artefacts, schema)
+    return store.commit(uri, schema, store.write_fragments(uri, table, schema))

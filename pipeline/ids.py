@@ -73,7 +73,7 @@ def repeated(spills: Sequence[tuple[Path, int]]) -> pl.DataFrame:
     """Rows (high, low, row, first) whose hash an earlier row has; `spills` are files and their numbers of rows."""
     scans, first_row = [], 0
     for path, rows in spills:
-        scans.append(pl.scan_parquet(path).with_columns(pl.col("row") + first_row))
+        scans.append(pl.scan_parquet(path, glob=False).with_columns(pl.col("row") + first_row))
         first_row += rows
     passes = max(1, -(-first_row // HASHES_AT_ONCE))
     edges = [2**64 * number // passes for number in range(passes)]
@@ -91,6 +91,6 @@ def known(spills: Sequence[Path], hashes: Sequence[bytes]) -> list[bool]:
     """Which of the hashes some row has."""
     high, low = _halves(hashes)
     asked = pl.DataFrame({"high": high, "low": low}).with_row_index("number")
-    held = pl.concat([pl.scan_parquet(path).select("high", "low") for path in spills])
+    held = pl.concat([pl.scan_parquet(path, glob=False).select("high", "low") for path in spills])
     found = set(asked.lazy().join(held, on=["high", "low"], how="semi").collect()["number"].to_list())
     return [number in found for number in range(len(hashes))]

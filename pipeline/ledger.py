@@ -36,6 +36,10 @@ class Ledger:
         found = store.read_json(self.folder / f"{name}.json")
         return None if found is None else dict(found)
 
+    def drop(self, name: str) -> None:
+        """Forget a record whose work is lost."""
+        (self.folder / f"{name}.json").unlink()
+
     def names(self) -> set[str]:
         """Names of everything that is done."""
         if not self.folder.is_dir():
@@ -100,8 +104,15 @@ def publish(root: Path, generation: Mapping[str, Any]) -> dict[str, Any]:
     body["checksum"] = checksum(body)
     if not store.create(root / "generations" / f"{number}.json", store.to_json(body)):
         raise StaleError(f"{root}: generation {number} was published by another job meanwhile; run again")
-    store.write(root / "manifest.json", store.to_json(body))
+    copy_to_manifest(root, body)
     return body
+
+
+def copy_to_manifest(root: Path, generation: Mapping[str, Any]) -> None:
+    """Make manifest.json a copy of the newest generation, unless it is one."""
+    path, wanted = root / "manifest.json", store.to_json(dict(generation))
+    if not path.is_file() or path.read_bytes() != wanted:
+        store.write(path, wanted)
 
 
 def checksum(generation: Mapping[str, Any]) -> str:

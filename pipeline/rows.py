@@ -3,6 +3,7 @@
 The scan and the embedding both come here, so they agree on every row.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -179,9 +180,11 @@ def csv_type(column: Sequence[str | None]) -> pa.DataType:
         return pa.null()
     for kind in (pa.int64(), pa.float64(), pa.bool_()):
         try:
-            values.cast(kind)
+            read = values.cast(kind)
         except pa.ArrowInvalid:
             continue
+        if pa.types.is_integer(kind) and not read.cast(pa.string()).equals(values):
+            return pa.string()  # 007 is no number
         return kind
     return pa.string()
 
@@ -195,25 +198,39 @@ def unify(known: pa.DataType, seen: pa.DataType) -> pa.DataType | None:
         return None
 
 
+def _valid(column: pa.Array) -> pa.Array:
+    """A column in which bytes that are no UTF-8 became U+FFFD: Lance would write them and then not read them."""
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        if not pa.types.is_string(column.type):
+            raise
+        values = column.cast(pa.binary()).to_pylist()
+        return pa.array([None if value is None else value.decode("utf-8", "replace") for value in values], pa.string())
+    return column
+
+
 def typed(column: Column, kind: pa.DataType, name: str, file: str) -> pa.Array:
     """A carried column as the type the whole corpus agreed on."""
     try:
         if isinstance(column, pa.Array):
-            return column if column.type == kind else column.cast(kind)
+            return _valid(column if column.type == kind else column.cast(kind))
+        if all(value is None for value in column):
+            return pa.nulls(len(column), kind)
         if all(value is None or isinstance(value, str) for value in column):
             repaired = [None if value is None else SURROGATE.sub("\ufffd", value) for value in column]
             if pa.types.is_string(kind):
                 return pa.array(repaired, kind)
             return pc.cast(pa.array([value or None for value in repaired], pa.string()), kind)
         return pa.array(column, kind)
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
         raise DataError(f"{file}: column {name!r} does not fit {kind}: {str(error).splitlines()[0]}") from None
 
 
 def check_budget(corpus: Corpus, total: int, reasons: Mapping[str, int]) -> None:
     """DataError where more rows are set aside than `max_quarantined` allows; repeated texts are not counted."""
     counted = {reason: count for reason, count in reasons.items() if reason != "duplicate_text" and count}
-    allowed = max(ALWAYS_ALLOWED, int(corpus.max_quarantined * total))
+    allowed = max(ALWAYS_ALLOWED, math.floor(corpus.max_quarantined * total + 1e-9))
     if sum(counted.values()) > allowed:
         raise DataError(
             f"{sum(counted.values())} of {total} rows cannot be used ({listed(counted)}), {allowed} are allowed; "

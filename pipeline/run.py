@@ -197,7 +197,7 @@ class _Run:
         path = self.root / "evaluation.parquet"
         newest = ledger.newest_generation(self.root)
         key = self._evaluation_key(candidate)
-        current = newest is not None and newest.get("evaluation_key") == key and path.is_file()
+        current = newest is not None and newest["evaluation_key"] == key and _is_whole(path, newest)
         with self.stage("evaluate", None):
             if not current or self.first == "evaluate":
                 measured = evaluate.run(self.spec.evaluate, Index(self.root, candidate), self.spec.seed)
@@ -205,11 +205,12 @@ class _Run:
                 measured.write_parquet(buffer)
                 self._keep_measured(buffer.getvalue(), measured, newest)
             else:
-                evaluate.check_floor(self.spec.evaluate, pl.read_parquet(path))
+                evaluate.check_floor(self.spec.evaluate, pl.read_parquet(path, glob=False))
         candidate["evaluation_key"] = key
         candidate["files"]["evaluation.parquet"] = store.sha256(path)
         if newest is not None and _same(newest, candidate):
             log.info("run nothing to do generation=%d", newest["generation"])
+            ledger.copy_to_manifest(self.root, newest)
             return newest
         published = ledger.publish(self.root, candidate)
         log.info(
@@ -236,6 +237,11 @@ class _Run:
         search = self.spec.search.model_dump(mode="json")["cascade"]
         basis = [tables, search, settings.k, files, self.spec.seed, FORMAT]
         return hashlib.sha256(store.to_json(basis)).hexdigest()
+
+
+def _is_whole(path: Path, generation: Mapping[str, Any]) -> bool:
+    """Whether a file of a generation is there as it was published."""
+    return path.is_file() and store.sha256(path) == generation["files"][path.name]
 
 
 def _same(newest: Mapping[str, Any], candidate: Mapping[str, Any]) -> bool:

@@ -44,8 +44,18 @@ class View:
 
     @property
     def is_full(self) -> bool:
-        """Whether these are the full vectors: stored at half precision, so scored at unit length again."""
+        """Whether these are the full vectors."""
         return self.info.parent is None
+
+    def scores(self, queries: Matrix, codes: Matrix) -> Matrix:
+        """Similarity of unit query prefixes [q, dim] to stored codes [n, …], float32[q, n].
+
+        Full vectors are brought back to unit length (half precision lost some) and multiplied in float64: float32
+        products differ in the last bit by where a row stands, and then equal rows would not tie.
+        """
+        if not self.is_full:
+            return self.codec.scores(queries, codes)
+        return np.asarray(queries.astype(np.float64) @ unit(codes).astype(np.float64).T, dtype=np.float32)
 
     @property
     def row_bytes(self) -> int:
@@ -135,7 +145,7 @@ class Index:
         ValueError) for a bad query, filter, k or cascade.
         """
         vectors, single = self._vectors(queries)
-        hits, _ = self.rank(vectors, k, where, self.cascade(k) if cascade is None else cascade)
+        hits, _ = self.rank(vectors, k, where, cascade)
         return self._frame(hits, single)
 
     def exact(self, queries: str | Sequence[str] | Matrix, k: int = 10, where: str | None = None) -> pl.DataFrame:
@@ -147,37 +157,41 @@ class Index:
     ) -> list[dict[str, Any]]:
         """Run one search and tell what each level did: table, engine, rows and bytes read, shortlist, milliseconds."""
         vectors, _ = self._vectors(query)
-        _, steps = self.rank(vectors, k, where, self.cascade(k) if cascade is None else cascade)
+        _, steps = self.rank(vectors, k, where, cascade)
         return [vars(step) for step in steps]
 
     def cascade(self, k: int) -> list[tuple[str, int]]:
         """The spec's cascade, else the table with the fewest bytes per row at shortlist max(200, 20 k)."""
         levels = self.generation["spec"]["search"]["cascade"]
-        if levels is not None:
-            return [(level["table"], level["shortlist"]) for level in levels]
+        return self.default_cascade(k) if levels is None else [(one["table"], one["shortlist"]) for one in levels]
+
+    def default_cascade(self, k: int) -> list[tuple[str, int]]:
+        """The table with the fewest bytes per row, shortlist max(200, 20 k)."""
         prefixes = [view for view in self.views.values() if not view.is_full]
         smallest = min(prefixes, key=lambda view: (view.row_bytes, view.name))
         return [(smallest.name, max(200, 20 * k))]
 
     def rank(
-        self, vectors: Matrix, k: int, where: str | None, cascade: Cascade, rescore: bool = True
+        self, vectors: Matrix, k: int, where: str | None, cascade: Cascade | None, rescore: bool = True
     ) -> tuple[Hits, list[Step]]:
         """Rankings of unit float32 queries [n, full_dim], without ids and texts; what each level did.
 
         `rescore=False` stops after the last level: scores are then those of its codes.
         """
-        if k < 1:
-            raise QueryError(f"k must be at least 1, not {k}")
+        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+            raise QueryError(f"k must be a whole number of at least 1, not {k!r}")
+        if where is not None and not isinstance(where, str):
+            raise QueryError(f"where must be a text like \"lang = 'en'\", not {where!r}")
         try:
-            cascade = [(str(table), int(size)) for table, size in cascade]
+            levels = [(str(table), int(size)) for table, size in (self.cascade(k) if cascade is None else cascade)]
         except (ValueError, TypeError):
             raise QueryError(f"a cascade is a list of (table, shortlist), not {cascade!r}") from None
         try:
-            check_cascade(cascade, [name for name in self.views if name != DOCUMENTS])
+            check_cascade(levels, [name for name in self.views if name != DOCUMENTS])
         except ValueError as error:
             raise QueryError(str(error)) from None
         clause = None if where is None else filters.rebuild(where, self._filter_columns())
-        blocks, steps = [], self._steps(k, cascade, rescore)
+        blocks, steps = [], self._steps(k, levels, rescore)
         for start in range(0, len(vectors), QUERIES_AT_ONCE):
             blocks.append(self._rank(vectors[start : start + QUERIES_AT_ONCE], k, clause, steps))
         return _joined(blocks), steps
@@ -204,8 +218,6 @@ class Index:
                 hits = _from_index(view, prefixes, keep, where, step)
             else:
                 hits = _scanned(view, prefixes, keep, where, step)
-                if view.is_full:  # one formula for final scores, whatever found the rows
-                    hits = _rescored(view, prefixes, hits, keep, Step("", "", 0))
             step.milliseconds += (time.perf_counter() - start) * 1000
         assert hits is not None
         return hits
@@ -220,9 +232,9 @@ class Index:
             self._transforms[name] = Transform.unstacked(view.info.transform["kind"], self._matrices[name])
         return self._transforms[name]
 
-    def _filter_columns(self) -> dict[str, filters.Kind]:
+    def _filter_columns(self) -> dict[str, filters.Column]:
         names = self.generation["spec"]["corpus"]["filter"]
-        return {name: _kind(self.documents.table.schema.field(name).type) for name in names}
+        return {name: _filter_column(self.documents.table.schema.field(name).type) for name in names}
 
     def _vectors(self, queries: str | Sequence[str] | Matrix) -> tuple[Matrix, bool]:
         """Unit float32 rows, and whether the caller asked with one bare query."""
@@ -294,8 +306,12 @@ class Index:
         return frame.select(*([] if single else ["query"]), "rank", "id", "score", "row", *rest)
 
 
-def _kind(kind: pa.DataType) -> filters.Kind:
-    return "string" if pa.types.is_string(kind) else "boolean" if pa.types.is_boolean(kind) else "number"
+def _filter_column(kind: pa.DataType) -> filters.Column:
+    if pa.types.is_integer(kind):
+        signed = pa.types.is_signed_integer(kind)
+        low = -(2 ** (kind.bit_width - 1)) if signed else 0
+        return filters.Column("integer", low, 2 ** (kind.bit_width - signed) - 1)
+    return filters.Column("string" if pa.types.is_string(kind) else "boolean" if pa.types.is_boolean(kind) else "float")
 
 
 def _scanned(view: View, prefixes: Matrix, keep: int, where: str | None, step: Step) -> Hits:
@@ -307,7 +323,7 @@ def _scanned(view: View, prefixes: Matrix, keep: int, where: str | None, step: S
         codes = vector_matrix(batch.column("vector"))
         offsets = np.arange(position, position + len(codes)) if where is None else batch["_rowoffset"].to_numpy()
         position += len(codes)
-        scores = view.codec.scores(prefixes, unit(codes) if view.is_full else codes)
+        scores = view.scores(prefixes, codes)
         best = _best(best, offsets.astype(np.int64), batch["row"].to_numpy(), scores, keep)
         step.rows, step.bytes = step.rows + len(codes), step.bytes + codes.nbytes
     return best
@@ -331,7 +347,7 @@ def _best(best: Hits, offsets: NDArray[np.int64], rows: NDArray[np.int64], score
 def _from_index(view: View, prefixes: Matrix, keep: int, where: str | None, step: Step) -> Hits:
     """Ask the table's ANN index, one query at a time; its own distances order the shortlist."""
     assert view.ann is not None
-    step.engine = str(view.ann["kind"])
+    step.engine, step.note = str(view.ann["kind"]), step.note or "rows are those returned"
     queries = view.codec.encode(prefixes) if view.codec.kind == "binary" else prefixes
     found = []
     for query in queries:
@@ -355,7 +371,6 @@ def _rescored(view: View, prefixes: Matrix, hits: Hits, keep: int, step: Step) -
         return Hits.none(len(prefixes))
     taken = view.table.take(pa.array(wanted), columns=["row", "vector"])
     codes, rows = vector_matrix(taken.column("vector")), taken.column("row").to_numpy()
-    codes = unit(codes) if view.is_full else codes
     step.rows, step.bytes = step.rows + len(codes), step.bytes + taken.column("vector").nbytes
     found = []
     for query, offsets, claimed in zip(prefixes, hits.offsets, hits.rows, strict=True):
@@ -366,7 +381,7 @@ def _rescored(view: View, prefixes: Matrix, hits: Hits, keep: int, step: Step) -
             raise DamageError(
                 f"{view.name} holds other rows than the tables before it; run `verify`, then the job again"
             )
-        scores = view.codec.scores(query[None], codes[at])
+        scores = view.scores(query[None], codes[at])
         picked = top(scores, keep)[0]
         found.append(Hits(wanted[at][picked][None], rows[at][picked][None], scores[:, picked]))
     return _joined(found)

@@ -5,6 +5,7 @@ that cannot be read is a DataError. Nothing here holds more than a batch.
 """
 
 import csv
+import glob
 import gzip
 import hashlib
 import io
@@ -76,11 +77,14 @@ def _resolve_one(entry: str) -> list[SourceFile]:
     filesystem, path, scheme = _locate(entry)
     wrapper = ArrowFSWrapper(filesystem)
     try:
-        if any(character in path for character in "*?["):
-            paths = [str(name).rstrip("/") for name in wrapper.glob(path)]
-            paths = [name for name in paths if _kind(name) and not _hidden(name)]
-        elif filesystem.get_file_info(path).type == fs.FileType.Directory and _kind(path) != "lance":
-            paths = [str(name) for name in wrapper.find(path, withdirs=True)]
+        literal = filesystem.get_file_info(path)
+        if literal.type == fs.FileType.NotFound and any(character in entry for character in "*?["):
+            paths = _globbed(entry) if not scheme and "://" not in entry else wrapper.glob(path)
+            paths = [str(name).rstrip("/") for name in paths]
+            paths = [name for name in paths if _kind(name) and not _hidden(name.rpartition("/")[2])]
+        elif literal.type == fs.FileType.Directory and _kind(path) != "lance":
+            below = fs.FileSelector(path, recursive=True)
+            paths = [info.path for info in filesystem.get_file_info(below)]
             paths = [name for name in paths if _kind(name) and not _hidden(name.removeprefix(path))]
         else:
             paths = [path]
@@ -92,6 +96,12 @@ def _resolve_one(entry: str) -> list[SourceFile]:
     if not files:
         raise SpecError(f"corpus.source: {entry!r} matches no file; formats: {' '.join(SUFFIXES)}")
     return files
+
+
+def _globbed(entry: str) -> list[str]:
+    """Local matches as full paths; a bracket in the working directory is no pattern."""
+    found = glob.glob(str(Path(entry).expanduser()), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute one
+    return [str(Path(name).absolute()) for name in found]
 
 
 def _wanted(info: fs.FileInfo) -> bool:
@@ -135,7 +145,7 @@ def _kind(path: str) -> str | None:
 
 
 def _hidden(path: str) -> bool:
-    return any(part.startswith((".", "_")) for part in path.rsplit("/", 1)[-1:])
+    return any(part.startswith((".", "_")) for part in path.split("/"))
 
 
 def _inside_lance(path: str) -> bool:
@@ -333,7 +343,8 @@ def _csv_rows(stream: IO[bytes]) -> Iterator[list[str]]:
     return csv.reader(io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=""), strict=True)
 
 
-def _csv_records(stream: IO[bytes]) -> Iterator[dict[str, str] | str]:
+def _csv_records(stream: IO[bytes]) -> Iterator[dict[str, str | None] | str]:
+    """Rows by the header's names; an empty field is null."""
     rows = _csv_rows(stream)
     header = next(rows, [])
     while True:
@@ -345,7 +356,7 @@ def _csv_records(stream: IO[bytes]) -> Iterator[dict[str, str] | str]:
             yield f"not CSV: {error}"
             continue
         if len(row) == len(header):
-            yield dict(zip(header, row, strict=True))
+            yield {name: value or None for name, value in zip(header, row, strict=True)}
         elif row:  # csv gives [] for an empty line, which is no row
             yield f"{len(row)} fields where the header has {len(header)}"
 

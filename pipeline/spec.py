@@ -74,11 +74,14 @@ class Corpus(Section):
         return self
 
 
+Prompt = Annotated[str, Field(max_length=4_000)]  # prompts stand in each table's metadata, which stays short
+
+
 class Prompts(Section):
     """Put before each text; null takes the model's own prompt where it has one."""
 
-    document: str | None = None
-    query: str | None = None
+    document: Prompt | None = None
+    query: Prompt | None = None
 
 
 class Model(Section):
@@ -316,6 +319,8 @@ def _override(values: dict[str, Any], override: str) -> None:
     value = _parse(text, f"--set {override!r}")
     if isinstance(target, list) and keys[-1].isdigit() and int(keys[-1]) < len(target):
         target[int(keys[-1])] = value
+    elif isinstance(target, list) and keys[-1] == str(len(target)):
+        target.append(value)
     elif isinstance(target, dict):
         target[keys[-1]] = value
     else:

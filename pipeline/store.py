@@ -152,9 +152,9 @@ def commit(uri: str, schema: pa.Schema, fragments: Sequence[dict[str, Any]]) -> 
     Compares data files first: a commit that has already landed is not made again (Lance itself
     neither deduplicates nor checks that files exist).
     """
-    parsed = [FragmentMetadata.from_json(json.dumps(fragment)) for fragment in fragments]
+    parsed = _parsed(fragments)
     wanted = _data_files(parsed)
-    missing = [path for path in wanted if not (Path(uri) / "data" / path).is_file()]
+    missing = lost_files(uri, fragments)
     if missing:
         raise StaleError(f"{uri}: {len(missing)} data files are gone, for example {missing[0]}; delete the root")
     current = open_table(uri) if table_exists(uri) else None
@@ -163,6 +163,15 @@ def commit(uri: str, schema: pa.Schema, fragments: Sequence[dict[str, Any]]) -> 
         return int(current.version)
     Path(uri).mkdir(parents=True, exist_ok=True)
     return int(lance.LanceDataset.commit(uri, lance.LanceOperation.Overwrite(schema, parsed)).version)
+
+
+def lost_files(uri: str, fragments: Sequence[dict[str, Any]]) -> list[str]:
+    """Data files that the fragments name and the table's folder lacks."""
+    return [path for path in _data_files(_parsed(fragments)) if not (Path(uri) / "data" / path).is_file()]
+
+
+def _parsed(fragments: Sequence[dict[str, Any]]) -> list[FragmentMetadata]:
+    return [FragmentMetadata.from_json(json.dumps(fragment)) for fragment in fragments]
 
 
 def _data_files(fragments: Sequence[FragmentMetadata]) -> list[str]:
@@ -193,7 +202,10 @@ def data_bytes(table: lance.LanceDataset) -> int:
 def nearest(
     table: lance.LanceDataset, query: Any, limit: int, probes: int, where: str | None, columns: Sequence[str] = ("row",)
 ) -> Any:
-    """A Lance scanner over the ANN index: dot for floats, hamming for packed bits (uint8)."""
+    """A Lance scanner over the ANN index: dot for floats, hamming for packed bits (uint8).
+
+    At least `probes` partitions are looked at, more while a filter leaves fewer than `limit` rows.
+    """
     metric = "hamming" if str(query.dtype) == "uint8" else "dot"
-    target = {"column": "vector", "q": query, "k": limit, "metric": metric, "nprobes": probes, "use_index": True}
+    target = {"column": "vector", "q": query, "k": limit, "metric": metric, "minimum_nprobes": probes}
     return table.scanner(columns=[*columns, "_distance"], nearest=target, filter=where, prefilter=where is not None)

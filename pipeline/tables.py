@@ -106,6 +106,12 @@ def documents_schema(
     )
 
 
+def parameters_schema(documents: TableInfo) -> pa.Schema:
+    """Columns of `parameters`; its metadata names the model only."""
+    named = {"format": FORMAT, "model": documents.model, "model_digest": documents.model_digest}
+    return PARAMETERS_SCHEMA.with_metadata({METADATA_KEY: json.dumps(named).encode()})
+
+
 def prefix_schema(dim: int, precision: Precision, filters: Mapping[str, pa.DataType]) -> pa.Schema:
     """Columns of a prefix table, in order."""
     return pa.schema([("row", pa.int64()), *filters.items(), ("vector", vector_type(dim, precision))])

@@ -31,7 +31,7 @@ def test_a_run_tells_what_was_written_found_and_what_is_next(matryoshka, job_fil
     assert code == 0
     assert "120 rows in, 0 quarantined" in out
     assert "lancedb/prefix_16_int8.lance" in out
-    assert "recall_exact@10" in out
+    assert "recall_exact @10" in out
     assert "w001 w002\n   1  0." in out
     assert f"search {job}" in out
     assert "embed shard=0000000 rows=120 " in err

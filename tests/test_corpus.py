@@ -190,6 +190,40 @@ def test_column_types_are_agreed_over_all_files(tmp_path, scan):
     assert [extras for *_, extras in cleaned(found, settings, root)] == [(5, 1.0), (6, None), (7, 2.5), (8, 1000.0)]
 
 
+def test_a_csv_number_with_leading_zeros_stays_text(tmp_path, scan):
+    (tmp_path / "a.csv").write_text("_id,text,code,n\n1,x,007,1\n2,y,,2\n")
+    (tmp_path / "b.csv").write_text("_id,text,code,n\n3,x,AB1,x\n")
+    found, settings, root = scan(f"{tmp_path}/*.csv", text="text", keep=["code", "n"])
+    assert [extras for *_, extras in cleaned(found, settings, root)] == [("007", "1"), (None, "2"), ("AB1", "x")]
+
+
+def test_a_column_of_lists_may_be_null_for_a_whole_batch(tmp_path, scan):
+    lines = [json.dumps({"_id": str(n), "text": f"t {n}", "tags": ["a"] if n < 10 else None}) for n in range(5_000)]
+    (tmp_path / "c.jsonl").write_text("\n".join(lines))
+    found, settings, root = scan(str(tmp_path / "c.jsonl"), text="text", keep=["tags"])
+    kept = cleaned(found, settings, root)
+    assert (kept[3][3], kept[4_999][3]) == ((["a"],), (None,))
+
+
+def test_invalid_utf8_in_a_kept_column_is_replaced(tmp_path, scan):
+    ends = pa.py_buffer(np.array([0, 3, 4], np.int32))
+    broken = pa.Array.from_buffers(pa.string(), 2, [None, ends, pa.py_buffer(b"a\xffbc")])
+    pq.write_table(pa.table({"_id": ["1", "2"], "text": ["x", "y"], "k": broken}), tmp_path / "c.parquet")
+    found, settings, root = scan(str(tmp_path / "c.parquet"), text="text", keep=["k"])
+    assert [extras for *_, extras in cleaned(found, settings, root)] == [("a\ufffdb",), ("c",)]
+
+
+@pytest.mark.parametrize("source", ["x[1].parquet", "x [1]", "*.parquet", "."])
+def test_brackets_in_paths_are_brackets(tmp_path, scan, monkeypatch, source):
+    folder = tmp_path / "work [2]"
+    save(corpus_frame(5), folder / "x[1].parquet")
+    save(corpus_frame(5), folder / "x [1]" / "y.parquet")
+    save(corpus_frame(5), folder / ".hidden" / "y.parquet")
+    monkeypatch.chdir(folder)
+    found, _, _ = scan(source, **({"id": None} if source == "." else {}))
+    assert found.rows == (10 if source == "." else 5)
+
+
 def test_an_unchanged_file_is_not_read_again(tmp_path, scan, monkeypatch):
     a, b = save(corpus_frame(60), tmp_path / "a.parquet"), tmp_path / "b.parquet"
     monkeypatch.setattr(corpus, "UNIT_FILES", 1)

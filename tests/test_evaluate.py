@@ -13,9 +13,9 @@ from tests.conftest import corpus_frame
 
 
 def test_recall_is_the_share_of_the_true_hits():
-    truth = np.array([[1, 2], [3, 4], [5, 6], [7, -1]])
-    found = np.array([[2, 1], [3, 9], [8, 9], [7, 6]])
-    assert recall_exact(found, truth).tolist() == [1.0, 0.5, 0.0, 1.0]
+    truth = np.array([[1, 2], [3, 4], [5, 6], [7, -1], [-1, -1]])
+    found = np.array([[2, 1], [3, 9], [8, 9], [7, 6], [-1, -1]])
+    assert recall_exact(found, truth).tolist() == [1.0, 0.5, 0.0, 1.0, 1.0]
 
 
 def test_a_query_is_not_counted_against_itself():

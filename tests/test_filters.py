@@ -8,20 +8,27 @@ import pytest
 from hypothesis import assume, given, settings, strategies as st
 
 from pipeline.errors import QueryError
-from pipeline.filters import rebuild
+from pipeline.filters import Column, rebuild
 
-COLUMNS = {"lang": "string", "year": "number", "ok": "boolean"}
+COLUMNS = {
+    "lang": Column("string"),
+    "year": Column("integer"),
+    "small": Column("integer", 0, 255),
+    "ratio": Column("float"),
+    "ok": Column("boolean"),
+}
 ROWS = [
-    {"lang": lang, "year": year, "ok": ok}
+    {"lang": lang, "year": year, "ok": ok, "small": small, "ratio": None if small is None else small / 4}
     for lang in ("en", "it's", 'a"b', "50%", None)
     for year in (-3, 0, 2001, None)
-    for ok in (True, False, None)
+    for ok, small in ((True, 0), (False, 255), (None, None))
 ]
 
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    schema = pa.schema([("lang", pa.string()), ("year", pa.int64()), ("ok", pa.bool_())])
+    types = {"lang": pa.string(), "year": pa.int64(), "ok": pa.bool_(), "small": pa.uint8(), "ratio": pa.float32()}
+    schema = pa.schema(list(types.items()))
     return lance.write_dataset(pa.Table.from_pylist(ROWS, schema), str(tmp_path_factory.mktemp("filters") / "t.lance"))
 
 
@@ -54,9 +61,12 @@ def joined(word, left, right):
     return True if left is True or right is True else None if left is None or right is None else False
 
 
+numbers = st.one_of(st.integers(-5, 2005), st.sampled_from([2000.5, -3.0, 0.25, -1e18, 1e18, 2**63 - 1, 255, 256, -1]))
 literals = {
     "lang": st.sampled_from(["en", "it's", 'a"b', "50%", "zz", "' OR '1'='1", "--"]),
-    "year": st.integers(-5, 2005),
+    "year": numbers,
+    "small": numbers,
+    "ratio": numbers,
 }
 
 
@@ -73,7 +83,7 @@ def conditions(draw, depth=3):
         return f"NOT ({inner})", lambda row: negated(f(row))
     if kind == "flag":
         return "ok", lambda row: row["ok"]
-    column = draw(st.sampled_from(["lang", "year"]))
+    column = draw(st.sampled_from(list(literals)))
     if kind == "null":
         no = draw(st.sampled_from(["", "NOT "]))
         return f"{column} IS {no}NULL", lambda row: (row[column] is None) != bool(no)
@@ -91,7 +101,7 @@ def conditions(draw, depth=3):
 def test_conditions_mean_what_they_say(table, condition):
     text, means = condition
     # DataFusion turns `a AND NOT a` into false even where a is unknown, so no test may stand twice.
-    tests = re.findall(r"(?:lang|year|ok)[^()]*(?:\([^)]*\))?", text)
+    tests = re.findall(r"(?:lang|year|small|ratio|ok)[^()]*(?:\([^)]*\))?", text)
     assume(len({re.sub(r"NOT|!=|<>|=|<|>", "", one).strip(" )") for one in tests}) == len(tests))
     assert found(table, text) == [number for number, row in enumerate(ROWS) if means(row) is True]
 

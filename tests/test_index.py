@@ -1,16 +1,15 @@
 """ANN indexes through the whole job: built where they pay, complete, used, and found again."""
 
 import lancedb
+import numpy as np
+import polars as pl
 import pytest
 
-from pipeline import (
-    index as _,  # noqa: F401 - the module, not the function of the package
-    open_index,
-    run,
-)
+from pipeline import open_index, run
 from pipeline.errors import PipelineError
 from pipeline.index import choose, partitions
 from pipeline.spec import Index, Prefix
+from tests.conftest import DIM, corpus_frame
 
 KINDS = [
     ("float16", "ivf_flat"),
@@ -71,6 +70,21 @@ def test_a_filter_reaches_the_index(spec):
     hits = open_index(job.root).search("w001 w002", k=10, where="lang = 'de'")
     assert set(hits["lang"]) == {"de"}
     assert len(hits) == 10
+
+
+@pytest.mark.parametrize(
+    ("precision", "kind"), [("float16", "ivf_flat"), ("float16", "ivf_rq"), ("binary", "ivf_flat")]
+)
+def test_an_index_finds_every_row_a_filter_leaves(spec, corpus_file, precision, kind):
+    frame = corpus_frame(3_000).with_columns(rare=pl.int_range(3_000) % 150)
+    frame.write_parquet(corpus_file)
+    job = spec(prefixes=with_index(precision, kind), corpus__filter=["rare"])
+    run(job)
+    index = open_index(job.root)
+    queries = np.random.default_rng(0).standard_normal((20, DIM))
+    hits = index.search(queries, k=20, where="rare = 77")
+    assert hits.group_by("query").len()["len"].to_list() == [20] * 20
+    assert len(index.search(queries[0], k=3_000)) == 3_000
 
 
 def test_a_finished_index_is_left_alone_and_another_kind_replaces_it(spec):

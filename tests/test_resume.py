@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -202,6 +203,29 @@ def test_documents_changed_by_someone_else_are_published_again(spec, change):
     again = run(spec())
     assert again["tables"]["documents"]["digest"] == first["tables"]["documents"]["digest"]
     assert documents(first["spec"]["root"])["row"].to_list() == list(range(120))
+
+
+@pytest.mark.parametrize("name", ["quarantine.parquet", "evaluation.parquet", "manifest.json"])
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"PAR1")])
+def test_a_lost_or_damaged_file_is_made_again(spec, name, damage):
+    first = run(spec())
+    path = Path(first["spec"]["root"]) / name
+    before = path.read_bytes()
+    damage(path)
+    again = run(spec())
+    assert again["tables"] == first["tables"]
+    assert len(path.read_bytes()) > 1_000
+    if name != "evaluation.parquet":  # that one holds milliseconds
+        assert path.read_bytes() == before
+
+
+def test_a_lost_prefix_table_is_derived_again(spec):
+    first = run(spec())
+    shutil.rmtree(Path(first["spec"]["root"]) / "lancedb" / "prefix_16_int8.lance")
+    again = run(spec())
+    digests = [one["tables"]["prefix_16_int8"]["digest"] for one in (first, again)]
+    assert digests[0] == digests[1]
+    assert again["tables"]["documents"] == first["tables"]["documents"]
 
 
 def test_lost_data_files_are_told(spec):

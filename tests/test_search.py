@@ -109,6 +109,22 @@ def test_ties_go_to_the_lower_row(index):
     assert all(rows[i] < rows[i + 1] for i in range(119) if scores[i] == scores[i + 1])
 
 
+@pytest.mark.parametrize("count", [101, 40])
+def test_equal_texts_tie_by_row_in_every_search(spec, corpus_file, count):
+    frame = corpus_frame().with_columns(
+        text=pl.when(pl.int_range(120) < count).then(pl.lit("w001 w002")).otherwise("text")
+    )
+    frame.write_parquet(corpus_file)
+    job = spec(corpus__text="text")
+    run(job)
+    index = open_index(job.root)
+    for cascade in ([], [("prefix_16_float16", 120)]):
+        for k in (3, 30):
+            hits = index.search("w001 w002 w003", k=k, cascade=cascade)
+            assert hits["row"].to_list() == list(range(k))
+            assert hits["score"].n_unique() == 1
+
+
 @pytest.mark.parametrize("cascade", [[], CASCADE])
 def test_where_keeps_only_matching_rows(index, cascade):
     hits = index.search("w001 w002", k=200, where="lang = 'de' AND year >= 2000", cascade=cascade or [])
@@ -139,7 +155,10 @@ def test_explain_tells_of_every_level(index):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("w001", 0), "k must be at least 1"),
+        (("w001", 0), "at least 1, not 0"),
+        (("w001", 2.5), "k must be a whole number"),
+        (("w001", None), "k must be a whole number"),
+        (("w001", 5, 7), "where must be a text"),
         (("  ",), "query 0 is blank"),
         ((["w001", ""],), "query 1 is blank"),
         ((["w001", 3],), "a query is a text"),

@@ -45,6 +45,7 @@ def test_five_fields_are_enough():
     [
         ("seed=7", lambda job: job.seed == 7),
         ("prefixes.1.dim=8", lambda job: job.prefixes[1].dim == 8),
+        ("prefixes.3={dim: 8, precision: int8}", lambda job: job.prefixes[3].table == "prefix_8_int8"),
         ("evaluate.floor.recall_exact=0.5", lambda job: job.evaluate.floor == {"recall_exact": 0.5}),
         ("corpus.text=[a, b]", lambda job: job.corpus.text == ("a", "b")),
         ("model.prompts={query: 'q: '}", lambda job: job.model.prompts.query == "q: "),

@@ -51,6 +51,7 @@ def resolve(name: str, revision: str | None = None) -> ModelFolder:
         path = _packaged(name)
     elif Path(name).expanduser().is_dir():
         path = Path(name).expanduser().absolute()
+        name = str(path)  # tables must find it from any working directory
     elif HUB_ID.fullmatch(name):
         path = _downloaded(name, revision)
     else:
