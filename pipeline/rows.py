@@ -140,7 +140,7 @@ def _id(value: Any, column: str, file: str, offset: int) -> str:
         return str(value)
     if not isinstance(value, str):
         what = "null" if value is None else f"a {type(value).__name__}"
-        raise DataError(f"{file} row {offset}: the id in {column!r} is {what}; ids are strings or integers")
+        raise DataError(f"{file} row {offset}: the id in {column!r} is {what}; give every row a string or an integer")
     if not value:
         raise DataError(
             f"{file} row {offset}: the id in {column!r} is empty; give every row an id, or set corpus.id: null"

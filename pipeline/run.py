@@ -70,7 +70,9 @@ class _Run:
     def stage(self, name: Stage, rows: int | None) -> Iterator[Callable[[Progress], None]]:
         """Time a stage and report its progress; one before the first gets no workers."""
         asked_for = STAGES.index(name) >= STAGES.index(self.first)
-        self.pool.closed = "" if asked_for else f"stage {name} is not finished; run without --from {self.first}"
+        self.pool.closed = (
+            "" if asked_for else f"{self.root}: stage {name} is not finished; run without --from {self.first}"
+        )
         start = time.perf_counter()
         self.on_stage(name, rows, Progress())
         yield lambda progress: self.on_stage(name, rows, progress)

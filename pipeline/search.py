@@ -178,8 +178,10 @@ class Index:
 
         `rescore=False` stops after the last level: scores are then those of its codes.
         """
-        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
-            raise QueryError(f"k must be a whole number of at least 1, not {k!r}")
+        if isinstance(k, bool) or not isinstance(k, int | np.integer):
+            raise QueryError(f"k must be a whole number, not {k!r}")
+        if k < 1:
+            raise QueryError(f"k must be at least 1, not {k}")
         if where is not None and not isinstance(where, str):
             raise QueryError(f"where must be a text like \"lang = 'en'\", not {where!r}")
         try:

@@ -155,7 +155,7 @@ def test_explain_tells_of_every_level(index):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("w001", 0), "at least 1, not 0"),
+        (("w001", 0), "k must be at least 1, not 0"),
         (("w001", 2.5), "k must be a whole number"),
         (("w001", None), "k must be a whole number"),
         (("w001", 5, 7), "where must be a text"),

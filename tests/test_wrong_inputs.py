@@ -286,7 +286,8 @@ DATA = [
     data("duplicate-id-across-files", {"a.parquet": FRAME, "b.csv": FRAME}, "'doc-0'", "b.csv row 0", "20 repeated"),
     data("duplicate-id-7-and-'7'", {"a.parquet": NUMBERED, "b.parquet": some("_id", "7", 1)}, "'7'", "row 7", "row 19"),
     data("null-id", {"a.parquet": some("_id", None, 1)}, "a.parquet row 19", "'_id' is null"),
-    data("empty-id", {"a.csv": some("_id", "", 1)}, "a.csv row 19", "'_id' is empty"),
+    data("empty-id", {"a.parquet": some("_id", "", 1)}, "a.parquet row 19", "'_id' is empty"),
+    data("empty-id-in-csv", {"a.csv": some("_id", "", 1)}, "a.csv row 19", "'_id' is null"),
     data("id-left-out", {"a.jsonl": LINES + b'{"text": "w001"}'}, "a.jsonl row 20", "'_id' is null"),
     data("float-ids", {"a.parquet": but(FRAME, _id=0.5)}, "a.parquet row 0", "'_id' is a float"),
     data("boolean-ids", {"a.jsonl": but(FRAME, _id=True)}, "a.jsonl row 0", "'_id' is a bool"),
@@ -474,7 +475,7 @@ def test_said_before_the_first_shard(overrides, words, job_file, values, call, m
 @pytest.mark.parametrize(
     ("file", "damage", "code", "words"),
     [
-        pytest.param("model.safetensors", lambda whole: whole[:-100], 3, ["the weights of odd"], id="cut-weights"),
+        pytest.param("model.safetensors", lambda whole: whole[:-100], 3, ["odd"], id="cut-weights"),
         pytest.param("tokenizer.json", lambda whole: whole[:-100], 2, ["odd cannot be loaded"], id="cut-tokenizer"),
         pytest.param("modules.json", lambda whole: whole.replace(b".Norm", b".X"), 2, ["odd cannot"], id="odd-module"),
     ],
@@ -700,8 +701,8 @@ def test_a_pinned_version_that_is_gone(version, finished, call):
         pytest.param("search JOB w001", ["no finished generation", "run the job"], id="search"),
         pytest.param("search ROOT w001", ["no finished generation", "run the job"], id="search-root"),
         pytest.param("status ROOT", ["holds no job", "run one first"], id="status"),
-        pytest.param("run JOB --from derive", ["stage embed is not finished", "--from derive"], id="from-derive"),
-        pytest.param("evaluate JOB", ["stage embed is not finished"], id="evaluate"),
+        pytest.param("run JOB --from derive", ["stage corpus is not finished", "--from derive"], id="from-derive"),
+        pytest.param("evaluate JOB", ["stage corpus is not finished"], id="evaluate"),
     ],
 )
 def test_a_root_without_a_generation(arguments, words, job_file, values, call):
