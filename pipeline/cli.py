@@ -296,7 +296,7 @@ def _print_evaluation(measured: pl.DataFrame) -> None:
     for row in measured.iter_rows(named=True):
         values = [f"{row[name]:.4f}" for name in names]
         table.add_row(
-            f"  {row['choice']}",
+            row["choice"],
             row["mode"],
             str(row["shortlist"] or "-"),
             *values,

@@ -23,7 +23,7 @@ from pipeline.ledger import Ledger, Record
 from pipeline.sources import Reader, Shard
 from pipeline.spec import JobSpec
 from pipeline.tables import DOCUMENTS, TableInfo, documents_schema, logical_digest, vector_array
-from pipeline.workers import Progress, peak_memory_bytes
+from pipeline.workers import Progress, give_back_memory, peak_memory_bytes
 
 PROBE_ROWS = 96
 BATCH_TOKENS = {"cpu": 4_096, "cuda": 65_536}
@@ -159,6 +159,7 @@ class Embedder:
             "peak_memory_bytes": peak_memory_bytes(),
             **{name: getattr(encoded, name) for name in COUNTERS},
         }
+        give_back_memory()
         return book.add(shard.name, record)
 
     def _count(self, rows: int, tokens: int) -> None:

@@ -51,7 +51,7 @@ def test_the_demo_and_the_commands_after_it(checkout):
     assert "posixpath.split" in demo
     assert "rows in, 0 quarantined" in demo
     assert all(f"prefix_{name}.lance" in demo for name in ("64_binary", "128_int8", "256_float16"))
-    assert '"module":"datetime"' in shown[next(one for one in DEMO if "--where" in one)]
+    assert '"module": "datetime"' in shown[next(one for one in DEMO if "--where" in one)]
     assert "prefix_32_int8" in shown[next(one for one in DEMO if "prefixes.3=" in one)]
 
 
