@@ -7,7 +7,7 @@ miss it; adding a prefix later touches no other table.
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -100,14 +100,8 @@ def _table(prefix: Prefix, parent: Parent, fits: Fits) -> Table:
     codec = fits.codecs[prefix.table]
     scale = None if codec.scale is None else [float(str(step)) for step in codec.scale]
     shown = {"kind": prefix.precision}
-    full = parent.info
-    info = TableInfo(
-        model=full.model,
-        revision=full.revision,
-        model_digest=full.model_digest,
-        max_tokens=full.max_tokens,
-        prompts=full.prompts,
-        full_dim=full.full_dim,
+    info = replace(
+        parent.info,
         dim=prefix.dim,
         precision=prefix.precision,
         metric="hamming" if prefix.precision == "binary" else "dot",

@@ -6,90 +6,27 @@ what is left with their own codes, full-dimension cosine comes last. Every table
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lance
 import numpy as np
 import polars as pl
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from pipeline import filters, ledger, store
 from pipeline.encoders import models
 from pipeline.encoders.batches import Encoder, encode_rows
 from pipeline.errors import DamageError, DataError, QueryError, StaleError
+from pipeline.levels import Hits, Step, View, from_index, joined, rescored, scanned
 from pipeline.spec import check_cascade
-from pipeline.tables import DOCUMENTS, PARAMETERS, TableInfo, matrices, vector_matrix
+from pipeline.tables import DOCUMENTS, PARAMETERS, TableInfo, matrices
 from pipeline.transform import Transform
-from pipeline.vectors import MIN_NORM, Codec, Matrix, top, truncate, unit
+from pipeline.vectors import MIN_NORM, Matrix, truncate, unit
 
-SCAN_ROWS = 8_192
 QUERIES_AT_ONCE = 256
 """Queries that share one scan; bounds memory at 256 x 8,192 scores."""
 QUERY_BATCH_TOKENS = 4_096
 Cascade = Sequence[tuple[str, int]]
-
-
-@dataclass(frozen=True)
-class View:
-    """One table at its pinned version, with what scores it."""
-
-    name: str
-    table: lance.LanceDataset
-    info: TableInfo
-    codec: Codec
-    ann: Mapping[str, Any] | None = None
-
-    @property
-    def is_full(self) -> bool:
-        """Whether these are the full vectors."""
-        return self.info.parent is None
-
-    def scores(self, queries: Matrix, codes: Matrix) -> Matrix:
-        """Similarity of unit query prefixes [q, dim] to stored codes [n, …], float32[q, n].
-
-        Full vectors are brought back to unit length (half precision lost some) and multiplied in float64: float32
-        products differ in the last bit by where a row stands, and then equal rows would not tie.
-        """
-        if not self.is_full:
-            return self.codec.scores(queries, codes)
-        return np.asarray(queries.astype(np.float64) @ unit(codes).astype(np.float64).T, dtype=np.float32)
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one stored vector."""
-        kind = self.table.schema.field("vector").type
-        return int(kind.list_size * kind.value_type.bit_width // 8)
-
-
-@dataclass(frozen=True)
-class Hits:
-    """Per query, best first: positions in the tables, row numbers, scores; -1 where there are fewer hits."""
-
-    offsets: NDArray[np.int64]
-    rows: NDArray[np.int64]
-    scores: Matrix
-
-    @classmethod
-    def none(cls, queries: int) -> "Hits":
-        """No hit for any query."""
-        empty = np.zeros((queries, 0), np.int64)
-        return cls(empty, empty, np.zeros((queries, 0), np.float32))
-
-
-@dataclass
-class Step:
-    """What one level did."""
-
-    table: str
-    engine: str
-    shortlist: int
-    rows: int = 0
-    bytes: int = 0
-    milliseconds: float = 0.0
-    note: str = ""
 
 
 def open_index(root: str | Path, model: str | None = None, device: str | None = None) -> "Index":
@@ -126,7 +63,7 @@ class Index:
         self.documents = self.views[DOCUMENTS]
         self._transforms: dict[str | None, Transform] = {None: Transform()}
 
-    def _view(self, name: str, table: lance.LanceDataset, ann: Mapping[str, Any] | None) -> View:
+    def _view(self, name: str, table: store.Table, ann: Mapping[str, Any] | None) -> View:
         info = TableInfo.of(table.schema)
         rotation = info.codec.get("rotation")
         return View(name, table, info, info.codec_with(None if rotation is None else self._matrices[rotation]), ann)
@@ -196,7 +133,7 @@ class Index:
         blocks, steps = [], self._steps(k, levels, rescore)
         for start in range(0, len(vectors), QUERIES_AT_ONCE):
             blocks.append(self._rank(vectors[start : start + QUERIES_AT_ONCE], k, clause, steps))
-        return _joined(blocks), steps
+        return joined(blocks), steps
 
     def _steps(self, k: int, cascade: Cascade, rescore: bool) -> list[Step]:
         steps = []
@@ -215,11 +152,11 @@ class Index:
             prefixes = queries if view.is_full else truncate(self._transform(view).apply(queries), view.info.dim)
             keep = k if number == len(steps) - 1 else step.shortlist
             if hits is not None:
-                hits = _rescored(view, prefixes, hits, keep, step)
+                hits = rescored(view, prefixes, hits, keep, step)
             elif view.ann is not None:
-                hits = _from_index(view, prefixes, keep, where, step)
+                hits = from_index(view, prefixes, keep, where, step)
             else:
-                hits = _scanned(view, prefixes, keep, where, step)
+                hits = scanned(view, prefixes, keep, where, step)
             step.milliseconds += (time.perf_counter() - start) * 1000
         assert hits is not None
         return hits
@@ -314,94 +251,3 @@ def _filter_column(kind: pa.DataType) -> filters.Column:
         low = -(2 ** (kind.bit_width - 1)) if signed else 0
         return filters.Column("integer", low, 2 ** (kind.bit_width - signed) - 1)
     return filters.Column("string" if pa.types.is_string(kind) else "boolean" if pa.types.is_boolean(kind) else "float")
-
-
-def _scanned(view: View, prefixes: Matrix, keep: int, where: str | None, step: Step) -> Hits:
-    """Score every row that passes the filter, a batch at a time."""
-    columns = ["row", "vector"] if where is None else ["row", "_rowoffset", "vector"]
-    best, position = Hits.none(len(prefixes)), 0
-    step.engine = "scan"
-    for batch in view.table.scanner(columns=columns, filter=where, batch_size=SCAN_ROWS).to_batches():
-        codes = vector_matrix(batch.column("vector"))
-        offsets = np.arange(position, position + len(codes)) if where is None else batch["_rowoffset"].to_numpy()
-        position += len(codes)
-        scores = view.scores(prefixes, codes)
-        best = _best(best, offsets.astype(np.int64), batch["row"].to_numpy(), scores, keep)
-        step.rows, step.bytes = step.rows + len(codes), step.bytes + codes.nbytes
-    return best
-
-
-def _best(best: Hits, offsets: NDArray[np.int64], rows: NDArray[np.int64], scores: Matrix, keep: int) -> Hits:
-    """Merge a batch into the best so far; earlier rows come first, so ties go to the lower row."""
-    joined = np.concatenate([best.scores, scores], axis=1)
-    picked = top(joined, keep)
-
-    def pick(old: NDArray[np.int64], new: NDArray[np.int64]) -> NDArray[np.int64]:
-        held = old.shape[1]
-        from_new: NDArray[np.int64] = new[np.maximum(picked - held, 0)]
-        if not held:
-            return from_new
-        return np.where(picked < held, np.take_along_axis(old, np.minimum(picked, held - 1), 1), from_new)
-
-    return Hits(pick(best.offsets, offsets), pick(best.rows, rows), np.take_along_axis(joined, picked, 1))
-
-
-def _from_index(view: View, prefixes: Matrix, keep: int, where: str | None, step: Step) -> Hits:
-    """Ask the table's ANN index, one query at a time; its own distances order the shortlist."""
-    assert view.ann is not None
-    step.engine, step.note = str(view.ann["kind"]), step.note or "rows are those returned"
-    queries = view.codec.encode(prefixes) if view.codec.kind == "binary" else prefixes
-    found = []
-    for query in queries:
-        scanner = store.nearest(view.table, query, keep, view.ann["nprobes"], where, ("row", "_rowoffset"))
-        table = scanner.to_table()
-        step.rows += table.num_rows
-        distances = table["_distance"].to_numpy().astype(np.float32)
-        scores = 1 - 2 * distances / view.info.dim if view.codec.kind == "binary" else 1 - distances
-        rows = table["row"].to_numpy()
-        order = np.lexsort((rows, -scores))
-        offsets = table["_rowoffset"].to_numpy().astype(np.int64)
-        found.append(Hits(offsets[order][None], rows[order][None], scores[order][None]))
-    return _joined(found)
-
-
-def _rescored(view: View, prefixes: Matrix, hits: Hits, keep: int, step: Step) -> Hits:
-    """Score the hits with this table's codes and keep the best; reads each row once for all queries."""
-    step.engine = step.engine or "take"
-    wanted = np.unique(hits.offsets[hits.offsets >= 0])
-    if not len(wanted):
-        return Hits.none(len(prefixes))
-    taken = view.table.take(pa.array(wanted), columns=["row", "vector"])
-    codes, rows = vector_matrix(taken.column("vector")), taken.column("row").to_numpy()
-    step.rows, step.bytes = step.rows + len(codes), step.bytes + taken.column("vector").nbytes
-    found = []
-    for query, offsets, claimed in zip(prefixes, hits.offsets, hits.rows, strict=True):
-        ordered = np.argsort(offsets, kind="stable")
-        ordered = ordered[offsets[ordered] >= 0]
-        at = np.searchsorted(wanted, offsets[ordered])
-        if not np.array_equal(rows[at], claimed[ordered]):
-            raise DamageError(
-                f"{view.name} holds other rows than the tables before it; run `verify`, then the job again"
-            )
-        scores = view.scores(query[None], codes[at])
-        picked = top(scores, keep)[0]
-        found.append(Hits(wanted[at][picked][None], rows[at][picked][None], scores[:, picked]))
-    return _joined(found)
-
-
-def _joined(blocks: Sequence[Hits]) -> Hits:
-    """Hits of several queries under one another, padded with -1 to one width."""
-    if len(blocks) == 1:
-        return blocks[0]
-    if not blocks:
-        return Hits.none(0)
-    width = max(block.offsets.shape[1] for block in blocks)
-
-    def pad(part: Matrix, value: float) -> Matrix:
-        return np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=value)
-
-    return Hits(
-        np.concatenate([pad(block.offsets, -1) for block in blocks]),
-        np.concatenate([pad(block.rows, -1) for block in blocks]),
-        np.concatenate([pad(block.scores, -np.inf) for block in blocks]),
-    )

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import lance
 import pyarrow as pa
@@ -21,6 +21,7 @@ from lance.fragment import FragmentMetadata, write_fragments as lance_write_frag
 
 from pipeline.errors import LockedError, SpecError, StaleError
 
+Table: TypeAlias = lance.LanceDataset
 LANCE_FORMAT = "2.2"
 """Newer formats that pylance can write are unreadable in lancedb 0.40."""
 

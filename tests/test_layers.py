@@ -12,7 +12,7 @@ LEVELS = [
     {"spec", "store", "docstrings", "tables", "ids"},
     {"sources", "ledger", "encoders", "workers"},
     {"rows"},
-    {"embedder"},
+    {"embedder", "levels"},
     {"corpus", "embed", "fit", "derive", "index", "search"},
     {"evaluate"},
     {"run"},

@@ -199,10 +199,10 @@ def test_tables_out_of_step_are_noticed(root):
     index = open_index(root)
     hits, _ = index.rank(np.ones((1, DIM), np.float32), 5, None, [])
     shifted = type(hits)(hits.offsets, hits.rows + 1, hits.scores)
-    from pipeline.search import Step, _rescored
+    from pipeline.levels import Step, rescored
 
     with pytest.raises(DamageError, match="other rows"):
-        _rescored(index.documents, np.ones((1, DIM), np.float32), shifted, 5, Step("", "", 5))
+        rescored(index.documents, np.ones((1, DIM), np.float32), shifted, 5, Step("", "", 5))
 
 
 def test_searches_from_threads_agree(index):
