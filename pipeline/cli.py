@@ -62,7 +62,10 @@ def main() -> NoReturn:
         sys.exit(_fail(f"{message}; see {_me()} --help", 2))
     except PipelineError as error:
         sys.exit(_fail(str(error), error.exit_code))
-    except Stopped as stop:
+    except (Stopped, SystemError) as error:  # Ray's wait may wrap what a signal raised in it
+        stop = error if isinstance(error, Stopped) else error.__cause__ or error.__context__
+        if not isinstance(stop, Stopped):
+            raise
         sys.exit(_fail("interrupted; run the same command to go on from the last finished shard", 128 + stop.args[0]))
     except OSError as error:
         if error.errno not in DISK_ERRORS and "No space left" not in str(error):

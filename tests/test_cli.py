@@ -106,6 +106,19 @@ def test_validate_warns_of_int8_first_on_a_large_corpus(matryoshka, job_file, mo
     assert "warning" not in matryoshka("validate", job_file())[2]
 
 
+@pytest.mark.parametrize("chained", ["cause", "context"])
+def test_a_signal_that_ray_wrapped_is_still_a_signal(matryoshka, job_file, monkeypatch, chained):
+    def wait(*arguments):
+        error = SystemError("CoreWorker.wait returned a result with an exception set")
+        setattr(error, f"__{chained}__", cli.Stopped(15))
+        raise error
+
+    monkeypatch.setattr(cli, "run_job", wait)
+    code, _, err = matryoshka("run", job_file())
+    assert code == 143
+    assert err.startswith("error: interrupted; run the same command")
+
+
 def test_set_reaches_the_spec(matryoshka, job_file, tmp_path):
     assert matryoshka("run", job_file(), "--set", f"root={tmp_path}/set", "--until", "corpus")[0] == 0
     assert (tmp_path / "set" / "_state").is_dir()
