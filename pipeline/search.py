@@ -48,7 +48,7 @@ class Index:
     ) -> None:
         """Pin every table of the generation; StaleError where a version is gone."""
         self.generation = generation
-        self._root, self._model, self._device = root, model, device
+        self._model, self._device = model, device
         self._encoder: Encoder | None = None
         pinned = {
             name: store.open_table(store.table_uri(root, name), entry["version"])
