@@ -22,10 +22,11 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress as Bars, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from pipeline import corpus, ledger
+from pipeline import corpus, ledger, plan, querylog, report, store
 from pipeline.errors import PipelineError, SpecError, StaleError
+from pipeline.figures import Plan
 from pipeline.run import Stage, check, run as run_job
-from pipeline.search import Index, open_index
+from pipeline.search import Index, Level, open_index
 from pipeline.spec import JobSpec
 from pipeline.workers import Progress
 
@@ -95,7 +96,7 @@ def run_command(
     job: Job,
     sets: Sets = None,
     first: Annotated[Stage, typer.Option("--from")] = "corpus",
-    last: Annotated[Stage, typer.Option("--until")] = "evaluate",
+    last: Annotated[Stage, typer.Option("--until")] = "report",
     as_json: AsJson = False,
 ) -> None:
     """Run all stages; finished ones are skipped."""
@@ -142,6 +143,40 @@ def _first_table(spec: JobSpec) -> str:
     if spec.search.cascade:
         return spec.search.cascade[0].table
     return min(spec.prefixes, key=lambda prefix: (prefix.bytes_per_row, prefix.table)).table
+
+
+@app.command("plan")
+def plan_command(
+    job: Job,
+    sets: Sets = None,
+    price: Annotated[float | None, typer.Option(help="money per hour of a machine like this one")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Sample the corpus: rows, tokens, time, money, bytes and memory, before anything is spent."""
+    _configure_logging(None)
+    made = plan.run(JobSpec.load(job, sets or ()), price)
+    if as_json:
+        out.print_json(data=made.to_json())
+    else:
+        _print_plan(made)
+
+
+def _print_plan(made: Plan) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading, justify in (("figure", "left"), ("value", "right"), ("origin", "left")):
+        table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    table.add_column("how")
+    for figure in made.figures:
+        table.add_row(figure.name, figure.shown, figure.origin, _plain(figure.how))
+    out.print(table)
+    out.print("\nTokens of the sampled rows, before any cut:")
+    most = max(bucket.rows for bucket in made.histogram)
+    for bucket in made.histogram:
+        bar = "█" * round(40 * bucket.rows / most)
+        out.print(f"  {bucket.low:>7,} … {bucket.high:<7,} {bucket.rows:>6,}  {bar}")
+    out.print(f"\nPlain prefixes, on the sample: [bold]{made.verdict.says}[/]; {_plain(made.verdict.because)}")
+    for sentence in made.advice:
+        out.print(f"[yellow]advice:[/] {_plain(sentence)}")
 
 
 @app.command()
@@ -197,8 +232,7 @@ def search(
     """Two-pass search."""
     _configure_logging(None)
     root, spec = _root_and_spec(job, sets)
-    folder = spec.model.name if spec is not None and Path(spec.model.name).expanduser().is_dir() else None
-    index = open_index(root, model=folder)
+    index = open_index(root, model=_model_folder(spec))
     cascade = [] if exact else _cascade(spec, index, k)
     if explain:
         _explain(index.explain(text, k, where, cascade), as_json)
@@ -213,12 +247,19 @@ def search(
     _print_hits(hits)
 
 
-def _cascade(spec: JobSpec | None, index: Index, k: int) -> list[tuple[str, int]] | None:
+def _model_folder(spec: JobSpec | None) -> str | None:
+    """The spec's model where it is a folder, which may have moved since the tables were made."""
+    return spec.model.name if spec is not None and Path(spec.model.name).expanduser().is_dir() else None
+
+
+def _cascade(spec: JobSpec | None, index: Index, k: int) -> list[Level] | None:
     """The spec's cascade where there is a spec; None leaves it to the index."""
     if spec is None or k < 1:
         return None
     levels = spec.search.cascade
-    return index.default_cascade(k) if levels is None else [(level.table, level.shortlist) for level in levels]
+    if levels is None:
+        return index.default_cascade(k)
+    return [(level.table, level.shortlist, level.scoring) for level in levels]
 
 
 def _explain(steps: list[dict[str, Any]], as_json: bool) -> None:
@@ -234,16 +275,61 @@ def _explain(steps: list[dict[str, Any]], as_json: bool) -> None:
 
 
 @app.command()
-def evaluate(job: Job, sets: Sets = None, as_json: AsJson = False) -> None:
+def evaluate(
+    job: Job,
+    sets: Sets = None,
+    as_json: AsJson = False,
+    queries: Annotated[
+        str | None, typer.Option(help="measure the published cascade on this file (_id, text); adds to the query log")
+    ] = None,
+) -> None:
     """Measure recall and nDCG of every table and the cascade again."""
     spec = JobSpec.load(job, sets or ())
+    if queries is not None:
+        _log_queries(spec, queries, as_json)
+        return
     with _watched() as bars:
-        run_job(spec, "evaluate", "evaluate", bars)
+        run_job(spec, "evaluate", "report", bars)
     measured = pl.read_parquet(Path(spec.root) / "evaluation.parquet", glob=False)
     if as_json:
         sys.stdout.write(measured.write_ndjson())
     else:
-        _print_evaluation(measured)
+        _print_evaluation(measured, whole=True)
+
+
+def _log_queries(spec: JobSpec, path: str, as_json: bool) -> None:
+    _configure_logging(None)
+    root = Path(spec.root)
+    index = open_index(root, model=_model_folder(spec))
+    with store.lock(root):
+        measured = querylog.run(path, index, spec.evaluate.k, spec.seed, root)
+    if as_json:
+        sys.stdout.write(measured[-1:].write_ndjson())
+        return
+    table = Table("measured (UTC)", "file", "queries", "generation", "recall_exact", "95 %", "median ms", box=None)
+    for row in measured.iter_rows(named=True):
+        table.add_row(
+            f"{row['measured_at']:%Y-%m-%d %H:%M}",
+            _plain(row["file"]),
+            f"{row['queries']:,}",
+            str(row["generation"]),
+            f"{row['recall_exact']:.4f}",
+            f"{row['recall_exact_low']:.4f}-{row['recall_exact_high']:.4f}",
+            f"{row['median_ms']:.2f}",
+        )
+    out.print(table)
+
+
+@app.command("report")
+def report_command(job: JobOrRoot, sets: Sets = None, as_json: AsJson = False) -> None:
+    """Make one self-contained HTML page of the newest generation, from its files alone."""
+    _configure_logging(None)
+    root, _ = _root_and_spec(job, sets)
+    path = report.run(root)
+    if as_json:
+        out.print_json(data={"report": str(path)})
+    else:
+        out.print(f"{_plain(str(path))}: {path.stat().st_size / 1e6:.1f} MB, opens in any browser without a network")
 
 
 @app.command()
@@ -278,6 +364,11 @@ def _summary(spec: JobSpec, generation: dict[str, Any]) -> None:
         f"  {_plain(model['name'])}, {model['full_dim']} dimensions, {model['backend']} {model['precision']}; "
         f"max_tokens cut {embed['cut_tokens']:,} tokens from {embed['cut_rows']:,} rows"
     )
+    found = generation["transform"]
+    out.print(f"  plain prefixes: [bold]{found['verdict']['says']}[/], {_plain(found['verdict']['because'])}")
+    chosen = f"; {found['compared']['because']}" if found["compared"] else ""
+    lost = f"; lost against PCA, by dimension: {found['lost']}" if found["lost"] else ""
+    out.print(f"  transform: [bold]{found['kind']}[/]{_plain(chosen + lost)}")
     table = Table("table", "rows", "bytes a row", "MB", "index", box=None, padding=(0, 2))
     for name, entry in generation["tables"].items():
         each = f"{entry['bytes'] / entry['rows']:.0f}" if entry["rows"] else "-"
@@ -289,18 +380,35 @@ def _summary(spec: JobSpec, generation: dict[str, Any]) -> None:
     _print_evaluation(pl.read_parquet(root / "evaluation.parquet", glob=False))
 
 
-def _print_evaluation(measured: pl.DataFrame) -> None:
+def _print_evaluation(measured: pl.DataFrame, whole: bool = False) -> None:
+    """Every setting; or each table alone and at the default shortlist, the cascade and exact."""
+    if not whole:
+        default = measured["k"][0] * 20
+        usual = (pl.col("mode") != "cascade") & (
+            pl.col("shortlist").is_null() | (pl.col("shortlist") == max(200, default))
+        )
+        best = pl.col("scoring") != "hamming"
+        measured = measured.filter((pl.col("choice") == "cascade") | (usual & best))
     judged = measured["ndcg"].null_count() < len(measured)
     k = measured["k"][0]
     names = ["recall_exact", *(["recall", "ndcg", "mrr"] if judged else [])]
     table = Table(box=None, padding=(0, 1))
-    for heading in ("choice", "mode", "short list", *(f"{name} @{k}" for name in names), "bytes a row", "median ms"):
+    for heading in (
+        "choice",
+        "mode",
+        "scoring",
+        "short list",
+        *(f"{name} @{k}" for name in names),
+        "bytes a row",
+        "median ms",
+    ):
         table.add_column(heading, no_wrap=heading == "choice", overflow="fold")
     for row in measured.iter_rows(named=True):
         values = [f"{row[name]:.4f}" for name in names]
         table.add_row(
             row["choice"],
             row["mode"],
+            row["scoring"],
             str(row["shortlist"] or "-"),
             *values,
             str(row["bytes_per_row"]),
@@ -320,7 +428,8 @@ def _examples(spec: JobSpec, generation: dict[str, Any]) -> None:
 
 def _next(spec: JobSpec, job: str) -> None:
     text = spec.search.examples[0] if spec.search.examples else "your question"
-    out.print("\nNext:")
+    page = Path(spec.root) / report.FILE
+    out.print(f"\nThe page of this run: {_plain(str(page))}\nNext:" if page.is_file() else "\nNext:")
     out.print(f'  {_me()} search {job} "{_plain(text)}" -k 5 --explain')
     out.print(f"  {_me()} status {job}")
     out.print(f"  {_me()} evaluate {job}")

@@ -80,11 +80,12 @@ def run(corpus: Corpus, root: Path, pool: Pool, on_progress: OnProgress | None =
 def check(corpus: Corpus) -> list[SourceFile]:
     """Find the files and look at the first one's columns; reads no rows beyond that."""
     files = sources.resolve(corpus.source)
-    _check_columns(corpus, files[0], first=True)
+    check_columns(corpus, files[0], first=True)
     return files
 
 
-def _check_columns(corpus: Corpus, file: SourceFile, first: bool) -> None:
+def check_columns(corpus: Corpus, file: SourceFile, first: bool) -> None:
+    """SpecError or DataError where a file lacks a column that the spec names, or has it twice."""
     names = sources.column_names(file)
     if first and not names:
         raise DataError(f"{file.path} has no column: it is empty, or none of its rows can be read; leave it out")
@@ -135,7 +136,7 @@ class _Scanner:
         repaired, first_row = 0, 0
         types: dict[str, pa.DataType] = {}
         for file in unit.files:
-            _check_columns(self._corpus, file, first=False)
+            check_columns(self._corpus, file, first=False)
             count = 0
             observed = self._observe(file)
             types = _merged(types, observed, file)

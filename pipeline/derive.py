@@ -6,6 +6,7 @@ miss it; adding a prefix later touches no other table.
 
 import hashlib
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +20,7 @@ from pipeline.spec import Prefix
 from pipeline.tables import (
     FORMAT,
     Fits,
+    FittedPrefix,
     Parent,
     TableInfo,
     combined_digest,
@@ -27,14 +29,15 @@ from pipeline.tables import (
     vector_array,
     vector_matrix,
 )
-from pipeline.transform import Transform
-from pipeline.vectors import Codec, truncate
+from pipeline.vectors import truncate
 from pipeline.workers import OnProgress, Pool, Progress
 
 log = logging.getLogger(__name__)
 
 UNIT_ROWS = 131_072
 BATCH_ROWS = 8_192
+MAX_CLIPPED = 0.001
+"""Share of int8 numbers beyond the scale above which a warning is given."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,12 @@ class Table:
     name: str
     key: str
     info: TableInfo
-    codec: Codec
+    fitted: FittedPrefix
+
+    @property
+    def transform(self) -> str | None:
+        """Digest of its transform."""
+        return self.info.transform.get("parameters")
 
 
 @dataclass(frozen=True)
@@ -90,31 +98,32 @@ def run(
         if missing:
             todo.append(Unit(number, group, missing))
     if todo:
-        with pool.team(partial(_Deriver, parent, fits.transform, filters, root), on_progress) as team:
-            for name, rows in team.map(todo):
-                log.info("derive unit=%s rows=%d", name, rows)
+        with pool.team(partial(_Deriver, parent, filters, root), on_progress) as team:
+            for name, rows, seconds in team.map(todo):
+                log.info("derive unit=%s rows=%d seconds=%.1f", name, rows, seconds)
     return [_publish(table, len(groups), filters, root) for table in tables]
 
 
 def _table(prefix: Prefix, parent: Parent, fits: Fits) -> Table:
-    codec = fits.codecs[prefix.table]
+    fitted = fits.prefixes[prefix.table]
+    codec, name = fitted.codec, fitted.transform.digest()
     scale = None if codec.scale is None else [float(str(step)) for step in codec.scale]
+    rotation = fitted.rotation()
     shown = {"kind": prefix.precision}
     info = replace(
         parent.info,
         dim=prefix.dim,
         precision=prefix.precision,
         metric="hamming" if prefix.precision == "binary" else "dot",
-        transform={"kind": fits.transform.kind}
-        | ({"parameters": fits.transform_digest} if fits.transform_digest else {}),
+        transform={"kind": fitted.transform.kind} | ({"parameters": name} if name else {}),
         codec=shown
         | ({"scale": scale} if scale else {})
-        | ({"rotation": None} if prefix.precision == "binary" else {}),
+        | ({"rotation": rotation} if prefix.precision == "binary" else {}),
         parent="documents",
         parent_version=parent.version,
     )
-    key = f"{FORMAT} {parent.digest} {fits.transform_digest} {prefix.table} {scale} {UNIT_ROWS}"
-    return Table(prefix.table, hashlib.sha256(key.encode()).hexdigest()[:16], info, codec)
+    key = f"{FORMAT} {parent.digest} {name} {prefix.table} {scale} {rotation} {UNIT_ROWS}"
+    return Table(prefix.table, hashlib.sha256(key.encode()).hexdigest()[:16], info, fitted)
 
 
 def _ledger(root: Path, table: Table) -> Ledger:
@@ -147,33 +156,33 @@ def _groups(parent: Parent) -> list[tuple[int, ...]]:
 class _Deriver:
     """Reads a unit of `documents` and writes one fragment per table that misses it."""
 
-    def __init__(
-        self, parent: Parent, transform: Transform, filters: Mapping[str, pa.DataType], root: Path, threads: int
-    ) -> None:
+    def __init__(self, parent: Parent, filters: Mapping[str, pa.DataType], root: Path, threads: int) -> None:
         self.progress = Progress()
         self._documents = store.open_table(parent.uri, parent.version)
-        self._transform, self._filters, self._root = transform, filters, root
+        self._filters, self._root = filters, root
 
-    def __call__(self, unit: Unit) -> tuple[str, int]:
+    def __call__(self, unit: Unit) -> tuple[str, int, float]:
         fragments = [self._documents.get_fragment(number) for number in unit.fragments]
         names = ["row", *self._filters]
         parts: dict[str, list[pa.RecordBatch]] = {table.name: [] for table in unit.tables}
+        transforms = {table.transform: table.fitted.transform for table in unit.tables}
         clipped = dict.fromkeys(parts, 0.0)
-        rows = 0
+        rows, start = 0, time.perf_counter()
         scanner = self._documents.scanner(columns=[*names, "vector"], fragments=fragments, batch_size=BATCH_ROWS)
         for batch in scanner.to_batches():
-            transformed = self._transform.apply(vector_matrix(batch.column("vector")))
+            vectors = vector_matrix(batch.column("vector"))
+            transformed = {name: transform.apply(vectors) for name, transform in transforms.items()}
             rows += batch.num_rows
             for table in unit.tables:
-                prefix = truncate(transformed, table.info.dim)
-                clipped[table.name] += table.codec.clipped_share(prefix) * batch.num_rows
-                columns = [*(batch.column(name) for name in names), vector_array(table.codec.encode(prefix))]
+                prefix = truncate(transformed[table.transform], table.info.dim)
+                clipped[table.name] += table.fitted.codec.clipped_share(prefix) * batch.num_rows
+                columns = [*(batch.column(name) for name in names), vector_array(table.fitted.codec.encode(prefix))]
                 schema = prefix_schema(table.info.dim, table.info.precision, self._filters)
                 parts[table.name].append(pa.RecordBatch.from_arrays(columns, schema=schema))
             self.progress = Progress(self.progress.rows + batch.num_rows)
         for table in unit.tables:
             self._write(unit, table, parts[table.name], clipped[table.name])
-        return unit.name, rows
+        return unit.name, rows, time.perf_counter() - start
 
     def _write(self, unit: Unit, table: Table, parts: list[pa.RecordBatch], clipped_rows: float) -> None:
         content = pa.Table.from_batches(parts)
@@ -196,6 +205,11 @@ def _publish(table: Table, units: int, filters: Mapping[str, pa.DataType], root:
     version = store.commit(store.table_uri(root, table.name), schema, fragments)
     rows = sum(record["rows"] for record in records)
     clipped = sum(record["clipped_rows"] for record in records) / max(rows, 1)
-    if table.codec.kind == "int8":
-        log.info("derive table=%s clipped_share=%.6f", table.name, clipped)
+    if clipped > MAX_CLIPPED:
+        log.warning(
+            "derive table=%s clips %.3f %% of its numbers: its rows differ from the sample that its scales were "
+            "fitted on; raise transform.sample_rows",
+            table.name,
+            100 * clipped,
+        )
     return Derived(table.name, version, rows, combined_digest([record["digest"] for record in records]), clipped)

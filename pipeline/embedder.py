@@ -77,14 +77,14 @@ class Embedder:
         self.progress = Progress()
         self._spec, self._folder, self._root, self._types = spec, folder, root, types
         self._reader = Reader(rows.columns(spec.corpus))
-        self._encoder = SentenceEncoder(folder, spec.model.max_tokens, None, threads)
+        self.encoder = SentenceEncoder(folder, spec.model.max_tokens, None, threads)
 
     def __call__(self, item: Resolve | Work) -> Any:
         """The facts, or the record of a shard."""
         return self._resolve(item.shard) if isinstance(item, Resolve) else self._embed(item.shard, item.facts)
 
     def _resolve(self, shard: Shard) -> Facts:
-        model, encoder = self._spec.model, self._encoder
+        model, encoder = self._spec.model, self.encoder
         prompts = {
             "document": encoder.prompts["document"] if model.prompts.document is None else model.prompts.document,
             "query": encoder.prompts["query"] if model.prompts.query is None else model.prompts.query,
@@ -130,7 +130,7 @@ class Embedder:
                 yield clean
 
     def _embed(self, shard: Shard, facts: Facts) -> Record:
-        self._encoder.use(facts.precision)
+        self.encoder.use(facts.precision)
         start = time.perf_counter()
         batches = list(self._read(shard))
         seen = sum(len(batch.ids) + len(batch.rejected) for batch in batches)
@@ -140,7 +140,7 @@ class Embedder:
             )
         texts = [text for batch in batches for text in batch.texts]
         encoded = encode_rows(
-            self._encoder, texts, "document", facts.prompts["document"], facts.batch_tokens, self._count
+            self.encoder, texts, "document", facts.prompts["document"], facts.batch_tokens, self._count
         )
         table, rejected = self._tables(shard, batches, encoded, facts)
         schema = documents_info(facts, self._spec).to_schema(table.schema)

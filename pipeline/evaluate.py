@@ -1,45 +1,82 @@
-"""The evaluate stage: what each table and the cascade find, against exact search and, where given, qrels.
+"""The evaluate stage: what every way to search finds, against exact search and, where given, qrels.
 
-Rankings and seconds are measured first; every metric is a pure function of them.
+Rankings and seconds are measured first and kept; every metric is a pure function of them. Exact search streams, so
+memory does not grow with the corpus.
 """
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ir_measures
 import numpy as np
 import polars as pl
 import pyarrow as pa
-from ir_measures import RR, R, nDCG
 from numpy.typing import NDArray
 
-from pipeline.errors import DataError, FloorError, QueryError, SpecError
-from pipeline.search import Cascade, Index
+from pipeline import queries as files
+from pipeline.errors import FloorError
+from pipeline.levels import Hits, View, best_of, joined, ranked_columns
+from pipeline.metrics import METRICS, interval, judged, recall_exact, without_own
+from pipeline.search import QUERIES_AT_ONCE, Index, Level
 from pipeline.spec import Evaluate
-from pipeline.tables import vector_matrix
+from pipeline.tables import DOCUMENTS, vector_matrix
 from pipeline.vectors import Matrix, unit
 
 log = logging.getLogger(__name__)
 
 CORPUS_QUERIES = 500
-TIMED_QUERIES, TIMED_SECONDS = 100, 5.0
-RESAMPLES = 1_000
-METRICS = ("recall_exact", "recall", "ndcg", "mrr")
+TIMED_QUERIES, TIMED_SECONDS = 100, 2.0
+EXAMPLES = 10
+EXCERPT = 240
+
+SCHEMA = pl.Schema(
+    {
+        "choice": pl.String(),
+        "mode": pl.String(),
+        "dim": pl.Int64(),
+        "precision": pl.String(),
+        "scoring": pl.String(),
+        "shortlist": pl.Int64(),
+        "k": pl.Int64(),
+        "queries": pl.Int64(),
+        **{f"{metric}{bound}": pl.Float64() for metric in METRICS for bound in ("", "_low", "_high")},
+        "bytes_per_row": pl.Int64(),
+        "median_ms": pl.Float64(),
+        "p95_ms": pl.Float64(),
+    }
+)
+RANKINGS_SCHEMA = pl.Schema(
+    {"setting": pl.Int64(), "query": pl.String(), "rows": pl.List(pl.Int64()), "seconds": pl.Float64()}
+)
+"""`setting` is the row of evaluation.parquet; `seconds` is null for queries that were not timed."""
+EXAMPLES_SCHEMA = pl.Schema(
+    {
+        "query": pl.Int64(),
+        "question": pl.String(),
+        "level": pl.Int64(),
+        "table": pl.String(),
+        "rank": pl.Int64(),
+        "row": pl.Int64(),
+        "id": pl.String(),
+        "text": pl.String(),
+        "score": pl.Float32(),
+        "lost": pl.Boolean(),
+    }
+)
+"""Top hits of some queries at each level of the cascade and by exact search; `lost` hits are missing in the end."""
 
 
 @dataclass(frozen=True)
-class Choice:
+class Setting:
     """One way to search: a cascade, rescored or not."""
 
-    name: str
+    choice: str
     mode: str
-    cascade: Cascade
-    rescore: bool
+    levels: tuple[Level, ...]
+    rescore: bool = True
 
 
 @dataclass(frozen=True)
@@ -47,6 +84,7 @@ class Questions:
     """Unit float32 query vectors; `own_rows` are the rows they were taken from, or None; qrels by query id."""
 
     ids: Sequence[str]
+    texts: Sequence[str]
     vectors: Matrix
     own_rows: NDArray[np.int64] | None
     qrels: Mapping[str, Mapping[str, int]] | None
@@ -54,27 +92,38 @@ class Questions:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Rows found for each query, best first (-1: none), and the seconds of single queries."""
+    """Rows found for each query, best first (-1: none), and the seconds of the first queries, one at a time."""
 
     rows: NDArray[np.int64]
     offsets: NDArray[np.int64]
     seconds: NDArray[np.float64]
 
 
-def run(settings: Evaluate, index: Index, seed: int) -> pl.DataFrame:
-    """Measure every prefix table alone and rescored, the cascade, and exact; one row each."""
-    questions = _questions(settings, index, seed)
-    choices = _choices(index, settings.k)
-    rankings = {choice: _ranking(choice, questions, settings.k, index) for choice in choices}
-    truth = rankings[choices[-1]]
-    rows = []
-    for choice, ranking in rankings.items():
-        values = {"recall_exact": recall_exact(ranking.rows, truth.rows)}
-        if questions.qrels is not None:
-            values |= _judged(ranking, questions, settings.k, index)
-        rows.append(_row(choice, ranking, values, settings.k, len(questions.ids), index, seed))
-        log.info("evaluate choice=%s mode=%s recall_exact=%.4f", choice.name, choice.mode, rows[-1]["recall_exact"])
-    return pl.DataFrame(rows, schema=SCHEMA)
+@dataclass(frozen=True)
+class Measured:
+    """The three files of an evaluation."""
+
+    evaluation: pl.DataFrame
+    rankings: pl.DataFrame
+    examples: pl.DataFrame
+
+
+def run(settings: Evaluate, index: Index, seed: int, root: Path) -> Measured:
+    """Sweep every prefix table x shortlist x (alone | rescored | cascade), the job's cascade, and exact search."""
+    questions = _questions(settings, index, seed, root)
+    sweep = _sweep(index, settings)
+    rankings = _rankings(sweep, questions, settings.k, index)
+    rows = scored(sweep, rankings, questions, settings.k, index, seed)
+    for row in rows:
+        log.info(
+            "evaluate choice=%s mode=%s scoring=%s shortlist=%s recall_exact=%.4f",
+            *(row[name] for name in ("choice", "mode", "scoring", "shortlist", "recall_exact")),
+        )
+    return Measured(
+        pl.DataFrame(rows, schema=SCHEMA),
+        _kept(rankings, questions),
+        _examples(rankings, questions, settings.k, index, seed),
+    )
 
 
 def check_floor(settings: Evaluate, measured: pl.DataFrame) -> None:
@@ -90,117 +139,14 @@ def check_floor(settings: Evaluate, measured: pl.DataFrame) -> None:
         )
 
 
-SCHEMA = pl.Schema(
-    {
-        "choice": pl.String(),
-        "mode": pl.String(),
-        "dim": pl.Int64(),
-        "precision": pl.String(),
-        "shortlist": pl.Int64(),
-        "k": pl.Int64(),
-        "queries": pl.Int64(),
-        **{f"{metric}{bound}": pl.Float64() for metric in METRICS for bound in ("", "_low", "_high")},
-        "bytes_per_row": pl.Int64(),
-        "median_ms": pl.Float64(),
-        "p95_ms": pl.Float64(),
-    }
-)
-
-
-def check_files(settings: Evaluate) -> None:
-    """SpecError where a file or column is missing, DataError where it cannot be read or its ids do not match."""
-    if settings.queries:
-        queries = set(_read(settings.queries, "evaluate.queries", ("_id", "text"))["_id"])
-        if settings.qrels:
-            qrels = _read(settings.qrels, "evaluate.qrels", ("query_id", "corpus_id", "score"))
-            unknown = qrels.filter(~pl.col("query_id").is_in(list(queries)))
-            if len(unknown):
-                raise DataError(
-                    f"evaluate.qrels: {settings.qrels} judges query {unknown['query_id'][0]!r}, "
-                    f"which is not in {settings.queries} ({len(unknown)} such rows)"
-                )
-
-
-def judged_ids(settings: Evaluate) -> list[str]:
-    """The corpus ids that the qrels name."""
-    if not settings.qrels:
-        return []
-    qrels = _read(settings.qrels, "evaluate.qrels", ("query_id", "corpus_id", "score"))
-    return qrels["corpus_id"].unique(maintain_order=True).to_list()
-
-
-def check_judged(settings: Evaluate, names: Sequence[str], known: Sequence[bool]) -> None:
-    """DataError where qrels name a corpus id that the corpus has not."""
-    unknown = [name for name, there in zip(names, known, strict=True) if not there]
-    if unknown:
-        raise DataError(
-            f"evaluate.qrels: {settings.qrels} judges document {unknown[0]!r}, which is not in the corpus "
-            f"({len(unknown)} unknown ids); qrels must be of this corpus"
-        )
-
-
-def _read(path: str, field: str, columns: Sequence[str]) -> pl.DataFrame:
-    file = Path(path)
-    if not file.is_file():
-        raise SpecError(f"{field}: there is no file {path}")
-    readers: dict[str, Callable[[Path], pl.DataFrame]] = {
-        ".parquet": partial(pl.read_parquet, glob=False),
-        ".jsonl": pl.read_ndjson,
-        ".csv": partial(pl.read_csv, infer_schema=False),
-        ".tsv": partial(pl.read_csv, infer_schema=False, separator="\t"),
-    }
-    if file.suffix not in readers:
-        raise SpecError(f"{field}: {path} has no known format; use {', '.join(readers)}")
-    try:
-        frame = readers[file.suffix](file)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise DataError(f"{field}: cannot read {path}: {str(error).splitlines()[0]}") from None
-    missing = [column for column in columns if column not in frame.columns]
-    if missing:
-        raise SpecError(f"{field}: {path} has no column {missing[0]!r}; it needs {', '.join(columns)}")
-    nested = [column for column in columns if frame[column].dtype.is_nested()]
-    if nested:
-        raise DataError(f"{field}: column {nested[0]!r} of {path} holds {frame[nested[0]].dtype}, not single values")
-    ids = [column for column in columns if column.endswith("id")]
-    frame = frame.select(columns).with_columns(pl.col(ids).cast(pl.String))
-    if not len(frame) or sum(frame.null_count().row(0)):
-        raise DataError(f"{field}: {path} is empty or has nulls in {', '.join(columns)}")
-    return _checked_qrels(frame, field, path) if "score" in columns else _checked_queries(frame, field, path)
-
-
-def _checked_queries(frame: pl.DataFrame, field: str, path: str) -> pl.DataFrame:
-    if frame["_id"].n_unique() < len(frame):
-        raise DataError(f"{field}: {path} has a query id twice")
-    if frame["text"].dtype != pl.String:
-        raise DataError(f"{field}: the text in {path} is {frame['text'].dtype}, not String")
-    blank = frame.filter(pl.col("text").str.strip_chars() == "")
-    if len(blank):
-        raise DataError(f"{field}: {path} has a blank text for query {blank['_id'][0]!r}")
-    return frame
-
-
-def _checked_qrels(frame: pl.DataFrame, field: str, path: str) -> pl.DataFrame:
-    frame = frame.with_columns(pl.col("score").cast(pl.Float64, strict=False))
-    if not (frame["score"] % 1 == 0).fill_null(False).all():
-        raise DataError(f"{field}: {path} has scores that are no whole numbers")
-    return frame
-
-
-def _questions(settings: Evaluate, index: Index, seed: int) -> Questions:
+def _questions(settings: Evaluate, index: Index, seed: int, root: Path) -> Questions:
     if settings.queries is None:
         return _from_corpus(index, seed)
-    queries = _read(settings.queries, "evaluate.queries", ("_id", "text"))
-    judged: dict[str, dict[str, int]] | None = None
-    if settings.qrels:
-        judged = {}
-        qrels = _read(settings.qrels, "evaluate.qrels", ("query_id", "corpus_id", "score"))
-        for query, document, score in qrels.iter_rows():
-            judged.setdefault(query, {})[document] = int(score)
-    try:
-        vectors = index.embed(queries["text"].to_list())
-    except QueryError as error:
-        raise DataError(f"evaluate.queries: {settings.queries}: {error}") from None
-    return Questions(queries["_id"].to_list(), vectors, None, judged)
+    asked = files.read_queries(settings.queries)
+    texts = asked["text"].to_list()
+    vectors = files.embedded(settings.queries, texts, index.documents.info, root, index.embed)
+    qrels = files.read_qrels(settings.qrels) if settings.qrels else None
+    return Questions(asked["_id"].to_list(), texts, vectors, None, qrels)
 
 
 def _from_corpus(index: Index, seed: int) -> Questions:
@@ -208,115 +154,228 @@ def _from_corpus(index: Index, seed: int) -> Questions:
     documents = index.documents.table
     total = documents.count_rows()
     chosen = np.sort(np.random.default_rng(seed).choice(total, min(CORPUS_QUERIES, total), replace=False))
-    taken = documents.take(pa.array(chosen), columns=["row", "vector"])
+    names = [name for name in ("row", "id", "text", "vector") if name in documents.schema.names]
+    taken = documents.take(pa.array(chosen), columns=names)
     rows = taken.column("row").to_numpy()
-    return Questions([str(row) for row in rows], unit(vector_matrix(taken.column("vector"))), rows, None)
+    texts = taken.column("text" if "text" in names else "id").to_pylist()
+    return Questions([str(row) for row in rows], texts, unit(vector_matrix(taken.column("vector"))), rows, None)
 
 
-def _choices(index: Index, k: int) -> list[Choice]:
-    """Everything that is measured; exact comes last."""
-    choices = []
+def _sweep(index: Index, settings: Evaluate) -> list[Setting]:
+    """Everything that is measured; the job's own cascade and exact come last."""
+    k = settings.k
+    rows = index.documents.table.count_rows()
+    lengths = sorted({max(200, 20 * k), *(length for length in settings.shortlists if k <= length <= rows)})
+    finest = _finest(index)
+    sweep = []
     for view in index.views.values():
-        if not view.is_full:
-            choices.append(Choice(view.name, "alone", ((view.name, k),), rescore=False))
-            choices.append(Choice(view.name, "rescored", ((view.name, max(200, 20 * k)),), rescore=True))
-    choices.append(Choice("cascade", "cascade", tuple(index.cascade(k)), rescore=True))
-    choices.append(Choice("exact", "exact", (), rescore=True))
-    return choices
+        for scoring in _scorings(view):
+            sweep.append(Setting(view.name, "alone", ((view.name, k, scoring),), rescore=False))
+            sweep += [Setting(view.name, "rescored", ((view.name, length, scoring),)) for length in lengths]
+            if view is not finest:
+                sweep += [
+                    Setting(view.name, "cascade", ((view.name, n, scoring), (finest.name, max(k, n // 4), "auto")))
+                    for n in lengths
+                ]
+    return [*sweep, Setting("cascade", "cascade", tuple(index.cascade(k))), Setting("exact", "exact", ())]
 
 
-def _ranking(choice: Choice, questions: Questions, k: int, index: Index) -> Ranking:
-    own = questions.own_rows
-    asked = k if own is None else k + 1  # room for the query's own row
-    hits, _ = index.rank(questions.vectors, asked, None, choice.cascade, choice.rescore)
-    rows, offsets = (hits.rows, hits.offsets) if own is None else without_own(hits.rows, hits.offsets, own, k)
-    return Ranking(rows, offsets, _timed(choice, questions.vectors, k, index))
+def _finest(index: Index) -> View:
+    """The prefix table nearest to the full vectors."""
+    return max(
+        (view for view in index.views.values() if not view.is_full), key=lambda view: (view.row_bytes, view.name)
+    )
 
 
-def without_own(
-    rows: NDArray[np.int64], offsets: NDArray[np.int64], own: NDArray[np.int64], k: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The first k hits of each query that are not the row it was taken from."""
-    last = np.argsort(rows == own[:, None], axis=1, kind="stable")[:, :k]
-    rows, offsets = np.take_along_axis(rows, last, 1), np.take_along_axis(offsets, last, 1)
-    mine = rows == own[:, None]
-    return np.where(mine, -1, rows), np.where(mine, -1, offsets)
+def _scorings(view: View) -> list[str]:
+    if view.is_full:
+        return []
+    return ["asymmetric", "hamming"] if view.codec.kind == "binary" else ["auto"]
 
 
-def _timed(choice: Choice, vectors: Matrix, k: int, index: Index) -> NDArray[np.float64]:
+def _rankings(sweep: Sequence[Setting], questions: Questions, k: int, index: Index) -> dict[Setting, Ranking]:
+    """Each table is scanned once for all its shortlists: a shorter one is the beginning of a longer one."""
+    asked = k if questions.own_rows is None else k + 1  # room for the query's own row
+    blocks: dict[Setting, list[Hits]] = {setting: [] for setting in sweep}
+    for start in range(0, len(questions.vectors), QUERIES_AT_ONCE):
+        vectors = questions.vectors[start : start + QUERIES_AT_ONCE]
+        coarse: dict[tuple[str, str], _Coarse] = {}
+        for setting in sweep:
+            if setting.choice in index.views:
+                table, _, scoring = setting.levels[0]
+                if (table, scoring) not in coarse:
+                    coarse = {(table, scoring): _Coarse(index, vectors, table, scoring, _longest(sweep, asked))}
+                hits = coarse[table, scoring].ranked(setting, asked)
+            else:
+                hits, _ = index.rank(vectors, asked, None, setting.levels, setting.rescore)
+            blocks[setting].append(hits)
+    found = {}
+    for setting, hits in ((setting, joined(parts)) for setting, parts in blocks.items()):
+        rows, offsets = hits.rows[:, :asked], hits.offsets[:, :asked]
+        if questions.own_rows is not None:
+            rows, offsets = without_own(rows, offsets, questions.own_rows, k)
+        found[setting] = Ranking(rows, offsets, timed(setting, questions.vectors, k, index))
+    return found
+
+
+def _longest(sweep: Sequence[Setting], asked: int) -> int:
+    return max([asked, *(setting.levels[0][1] for setting in sweep if setting.levels)])
+
+
+class _Coarse:
+    """One table's longest shortlist for a block of queries, and the scores that finer passes give to it."""
+
+    def __init__(self, index: Index, vectors: Matrix, table: str, scoring: str, keep: int) -> None:
+        self._index, self._vectors = index, vectors
+        step = index.steps(keep, [(table, keep, scoring)], rescore=False)[0]
+        self._hits = index.level(step, vectors, None, keep, None)
+        self._scores: dict[str, Matrix] = {}
+
+    def ranked(self, setting: Setting, asked: int) -> Hits:
+        """What the setting finds, at least as wide as asked where there are so many."""
+        hits, columns = self._hits, slice(0, max(asked, setting.levels[0][1]))
+        hits = _columns(hits, columns)
+        if not setting.rescore:
+            return hits
+        if len(setting.levels) > 1:
+            finer, keep, _ = setting.levels[1]
+            picked = ranked_columns(hits, self._scored(finer)[:, columns], max(asked, keep))
+        else:
+            picked = np.tile(np.arange(hits.offsets.shape[1]), (len(hits.offsets), 1))
+        scores = np.take_along_axis(self._scored(DOCUMENTS)[:, columns], picked, 1)
+        return best_of(_columns(hits, picked), scores, asked)
+
+    def _scored(self, table: str) -> Matrix:
+        if table not in self._scores:
+            self._scores[table] = self._index.scores(table, self._vectors, self._hits)
+        return self._scores[table]
+
+
+def _columns(hits: Hits, picked: Any) -> Hits:
+    if isinstance(picked, slice):
+        return Hits(hits.offsets[:, picked], hits.rows[:, picked], hits.scores[:, picked])
+    return Hits(*(np.take_along_axis(part, picked, 1) for part in (hits.offsets, hits.rows, hits.scores)))
+
+
+def timed(setting: Setting, vectors: Matrix, k: int, index: Index) -> NDArray[np.float64]:
     """Seconds of the same search, one query at a time, after one to warm up."""
-    index.rank(vectors[:1], k, None, choice.cascade, choice.rescore)
+    index.rank(vectors[:1], k, None, setting.levels, setting.rescore)
     seconds: list[float] = []
     for vector in vectors[:TIMED_QUERIES]:
         start = time.perf_counter()
-        index.rank(vector[None], k, None, choice.cascade, choice.rescore)
+        index.rank(vector[None], k, None, setting.levels, setting.rescore)
         seconds.append(time.perf_counter() - start)
         if sum(seconds) > TIMED_SECONDS:
             break
     return np.array(seconds)
 
 
-def recall_exact(found: NDArray[np.int64], truth: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Per query, the share of exact search's hits among those found; -1 stands for no hit."""
-    shares = np.ones(len(truth))  # where there is nothing to find, nothing is missed
-    for number, (true, got) in enumerate(zip(truth, found, strict=True)):
-        wanted = true[true >= 0]
-        if len(wanted):
-            shares[number] = np.isin(wanted, got).mean()
-    return shares
-
-
-def _judged(ranking: Ranking, questions: Questions, k: int, index: Index) -> dict[str, NDArray[np.float64]]:
-    """Recall, nDCG and MRR at k per judged query, by trec_eval's definitions."""
-    assert questions.qrels is not None
-    known = np.unique(ranking.offsets[ranking.offsets >= 0])
-    names = index.documents.table.take(pa.array(known), columns=["id"]).column("id").to_pylist()
-    by_offset = dict(zip(known.tolist(), names, strict=True))
-    run = {
-        query: {by_offset[offset]: float(-rank) for rank, offset in enumerate(offsets) if offset >= 0}
-        for query, offsets in zip(questions.ids, ranking.offsets.tolist(), strict=True)
-        if query in questions.qrels
-    }
-    measures = {"recall": R @ k, "ndcg": nDCG @ k, "mrr": RR @ k}
-    values: dict[str, dict[str, float]] = {name: dict.fromkeys(run, 0.0) for name in measures}
-    names_of = {str(measure): name for name, measure in measures.items()}
-    for metric in ir_measures.iter_calc(list(measures.values()), questions.qrels, run):
-        values[names_of[str(metric.measure)]][metric.query_id] = metric.value
-    return {name: np.array([one[query] for query in run]) for name, one in values.items()}
-
-
-def _row(
-    choice: Choice,
-    ranking: Ranking,
-    values: Mapping[str, NDArray[np.float64]],
+def scored(
+    sweep: Sequence[Setting],
+    rankings: Mapping[Setting, Ranking],
+    questions: Questions,
     k: int,
-    queries: int,
     index: Index,
     seed: int,
-) -> dict[str, Any]:
-    first = index.views[choice.cascade[0][0]] if choice.cascade else index.documents
-    read = [index.views[table] for table, _ in choice.cascade] + ([index.documents] if choice.rescore else [])
-    row: dict[str, Any] = {
-        "choice": choice.name,
-        "mode": choice.mode,
+) -> list[dict[str, Any]]:
+    """The rows of evaluation.parquet, from rankings and seconds alone; the last setting is the truth."""
+    truth = rankings[sweep[-1]].rows
+    rows = []
+    for setting in sweep:
+        ranking = rankings[setting]
+        values = {"recall_exact": recall_exact(ranking.rows, truth)}
+        if questions.qrels is not None:
+            values |= judged(questions.ids, _names(ranking.offsets, index), questions.qrels, k)
+        row = _described(setting, k, index) | {
+            "queries": len(questions.ids),
+            "median_ms": float(np.median(ranking.seconds)) * 1000,
+            "p95_ms": float(np.percentile(ranking.seconds, 95)) * 1000,
+        }
+        for metric, per_query in values.items():
+            low, high = interval(per_query, seed)
+            row |= {metric: float(per_query.mean()), f"{metric}_low": low, f"{metric}_high": high}
+        rows.append(row)
+    return rows
+
+
+def _names(offsets: NDArray[np.int64], index: Index) -> list[list[str]]:
+    """The ids of hits."""
+    known, where = np.unique(offsets, return_inverse=True)
+    names = np.full(len(known), None, dtype=object)
+    names[known >= 0] = index.documents.table.take(pa.array(known[known >= 0]), columns=["id"]).column("id").to_pylist()
+    return [[name for name in line if name is not None] for line in names[where.reshape(offsets.shape)]]
+
+
+def _described(setting: Setting, k: int, index: Index) -> dict[str, Any]:
+    first = index.views[setting.levels[0][0]] if setting.levels else index.documents
+    read = [index.views[table] for table, *_ in setting.levels] + ([index.documents] if setting.rescore else [])
+    step = index.steps(k, setting.levels, setting.rescore)[0]
+    return {
+        "choice": setting.choice,
+        "mode": setting.mode,
         "dim": first.info.dim,
         "precision": first.info.precision,
-        "shortlist": max(k, choice.cascade[0][1]) if choice.cascade and choice.rescore else None,
+        "scoring": step.scoring,
+        "shortlist": step.shortlist if setting.levels and setting.rescore else None,
         "k": k,
-        "queries": queries,
         "bytes_per_row": sum(view.row_bytes for view in read),
-        "median_ms": float(np.median(ranking.seconds)) * 1000,
-        "p95_ms": float(np.percentile(ranking.seconds, 95)) * 1000,
     }
-    for metric, per_query in values.items():
-        low, high = interval(per_query, seed)
-        row |= {metric: float(per_query.mean()), f"{metric}_low": low, f"{metric}_high": high}
-    return row
 
 
-def interval(per_query: NDArray[np.float64], seed: int) -> tuple[float, float]:
-    """Bootstrap 95 % interval of the mean over queries (percentile method, Efron 1979)."""
-    rng = np.random.default_rng(seed)
-    means = [per_query[rng.integers(0, len(per_query), len(per_query))].mean() for _ in range(RESAMPLES)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+def _kept(rankings: Mapping[Setting, Ranking], questions: Questions) -> pl.DataFrame:
+    """rankings.parquet: one row per setting and query."""
+    frames = []
+    for number, ranking in enumerate(rankings.values()):
+        seconds = np.full(len(questions.ids), np.nan)
+        seconds[: len(ranking.seconds)] = ranking.seconds
+        found = [line[line >= 0] for line in ranking.rows]
+        setting = [number] * len(questions.ids)
+        columns = {"setting": setting, "query": questions.ids, "rows": found, "seconds": seconds}
+        frames.append(pl.DataFrame(columns, schema=RANKINGS_SCHEMA))
+    return pl.concat(frames).with_columns(pl.col("seconds").fill_nan(None))
+
+
+def _examples(
+    rankings: Mapping[Setting, Ranking], questions: Questions, k: int, index: Index, seed: int
+) -> pl.DataFrame:
+    """Up to ten queries: the five that the cascade serves worst, and seeded others."""
+    (cascade, mine), (_, exact) = list(rankings.items())[-2:]
+    losses = 1 - recall_exact(mine.rows, exact.rows)
+    worst = [number for number in np.argsort(-losses, kind="stable")[: EXAMPLES // 2].tolist() if losses[number] > 0]
+    others = [n for n in np.random.default_rng(seed).permutation(len(losses)).tolist() if n not in worst]
+    rows: list[dict[str, Any]] = []
+    for number in (worst + others)[:EXAMPLES]:
+        own = None if questions.own_rows is None else questions.own_rows[number : number + 1]
+        ways = [(table, cascade.levels[: at + 1], False) for at, (table, *_) in enumerate(cascade.levels)]
+        ways += [("cascade", cascade.levels, True), ("exact", (), True)]
+        kept = set(mine.rows[number].tolist())
+        for level, (table, levels, rescore) in enumerate(ways):
+            hits, _ = index.rank(questions.vectors[number : number + 1], k + 1, None, levels, rescore)
+            for rank, (offset, row, score) in enumerate(_first(hits, own, k), 1):
+                rows.append(
+                    {
+                        "query": number, "question": " ".join(questions.texts[number].split())[:EXCERPT],
+                        "level": level, "table": table, "rank": rank, "row": row, "offset": offset, "score": score,
+                        "lost": table == "exact" and row not in kept,
+                    }
+                )  # fmt: skip
+    return _with_texts(rows, index)
+
+
+def _first(hits: Hits, own: NDArray[np.int64] | None, k: int) -> list[tuple[int, int, float]]:
+    lines = zip(hits.offsets[0].tolist(), hits.rows[0].tolist(), hits.scores[0].tolist(), strict=True)
+    return [line for line in lines if line[0] >= 0 and (own is None or line[1] != own[0])][:k]
+
+
+def _with_texts(rows: list[dict[str, Any]], index: Index) -> pl.DataFrame:
+    table = index.documents.table
+    names = [name for name in ("id", "text") if name in table.schema.names]
+    wanted = sorted({row.pop("offset") for row in rows})
+    if not wanted:
+        return pl.DataFrame(schema=EXAMPLES_SCHEMA)
+    taken = table.take(pa.array(wanted), columns=["row", *names]).to_pylist()
+    content = {one["row"]: one for one in taken}
+    for row in rows:
+        found = content[row["row"]]
+        row |= {"id": found["id"], "text": " ".join((found.get("text") or "").split())[:EXCERPT]}
+    return pl.DataFrame(rows, schema=EXAMPLES_SCHEMA)

@@ -1,134 +1,314 @@
 """The fit stage: what must be learned from the corpus, once, on a seeded sample.
 
-Comes in: `documents`. Goes out: the transform and one codec per prefix, the matrices in `parameters`. Memory is
-bounded by a batch and a D x D matrix.
+Comes in: `documents`. Goes out: the verdict on the model's prefixes, the transform and one codec per prefix, the
+matrices in `parameters`. Memory is bounded by a batch, a D x D matrix and some 25,000 rows.
 """
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from pipeline import store
-from pipeline.ledger import Ledger
+from pipeline import adaptor, probe, rotation, store
+from pipeline.errors import SpecError
+from pipeline.ledger import Ledger, Record
 from pipeline.spec import JobSpec, Prefix
-from pipeline.tables import FORMAT, PARAMETERS, Fits, Parent, TableInfo, parameters_schema, vector_matrix
-from pipeline.transform import Moments, Transform, digest, pca
-from pipeline.vectors import Codec, Matrix, int8_scale, truncate
+from pipeline.tables import (
+    FORMAT,
+    PARAMETERS,
+    Fits,
+    FittedPrefix,
+    Parent,
+    TableInfo,
+    parameters_schema,
+    vector_matrix,
+)
+from pipeline.transform import Moments, Transform, digest, order, pca
+from pipeline.vectors import Codec, Magnitudes, Matrix, int8_scale, truncate, unit
 
 log = logging.getLogger(__name__)
 
 BATCH_ROWS = 8_192
+HELD_OUT, POOL = 1_024, 8_192
+"""Rows whose neighbours the probe looks up, which no compared transform was fitted on, and rows looked among."""
+ROTATION_ROWS = 20_000
+INT8_PERCENTILE = 0.9999
+"""Share of each dimension's values that int8 holds; what is larger is clipped and counted."""
+
+OnQueries = Callable[[], Matrix | None]
+"""Gives query vectors float32[q, D] for the probe, or None; called only when something is to be fitted."""
 
 
-def run(spec: JobSpec, parent: Parent, declared: Sequence[int] | None, root: Path) -> Fits:
+def no_queries() -> None:
+    """The probe looks at corpus rows alone."""
+
+
+def run(
+    spec: JobSpec, parent: Parent, declared: Sequence[int] | None, root: Path, queries: OnQueries = no_queries
+) -> Fits:
     """Fit what is missing; `declared` are the dims that the model says it was trained for.
 
-    `transform: auto` is `none` for a model with declared Matryoshka dims, else centred PCA.
+    `transform: auto` follows the probe: `none` for prefixes that hold, else the learned adaptor where it beats PCA on
+    held-out rows, else PCA. Signs are taken of a PCA where numbers go through the adaptor: they measured better.
+    SpecError for a spec that insists on `none` against the measurement.
     """
-    ledger = Ledger(root, "fit")
-    kind = spec.transform.kind
-    if kind == "auto":
-        kind = "none" if declared else "pca"
-        log.info(
-            "fit transform=%s because=%s",
-            kind,
-            f"the model declares {list(declared)}" if declared else "no declared dims",
-        )
-    if kind == "none" and not declared:
-        log.warning("fit transform=none: the model declares no Matryoshka dims; plain prefixes may lose much")
-    far = [prefix.dim for prefix in spec.prefixes if declared and kind == "none" and prefix.dim not in declared]
-    if far:
-        log.warning("fit transform=none: the model was trained for %s, not for %s", list(declared or ()), far)
     sample = _Sample(parent, spec.seed, spec.transform.sample_rows)
     with threadpool_limits(1):  # eigh differs in its last bits with the number of threads
-        transform, name, explained = _transform(kind, sample, ledger)
-        codecs = {prefix.table: _codec(prefix, transform, name, sample, ledger) for prefix in spec.prefixes}
-    version = _write_parameters(root, transform, name, parent.info)
-    return Fits(transform, name, codecs, explained, version)
+        fitting = _Fitting(sample, Ledger(root, "fit"), tuple(declared or ()), queries)
+        decision = fitting.decision(spec)
+        fitted = {prefix.table: _fit_prefix(prefix, decision["kind"], fitting) for prefix in spec.prefixes}
+    artefacts = {name: artefact for one in fitted.values() for name, artefact in one.artefacts().items()}
+    version = _write_parameters(root, artefacts, parent.info)
+    return Fits(fitted, version, tuple(sorted(artefacts)), decision)
 
 
 class _Sample:
     """Seeded rows of `documents`, read again for each pass."""
 
     def __init__(self, parent: Parent, seed: int, size: int) -> None:
-        self.parent = parent
+        self.parent, self.seed = parent, seed
         self.key = f"{FORMAT} {parent.digest} {seed} {size}"
-        self._seed, self._size = seed, size
+        self.rows = min(size, parent.rows)
+        self._chosen: NDArray[np.int64] | None = None
+        if size < parent.rows:
+            self._chosen = np.sort(np.random.default_rng(seed).choice(parent.rows, size, replace=False))
 
     def __iter__(self) -> Iterator[Matrix]:
         table = store.open_table(self.parent.uri, self.parent.version)
-        if self._size >= self.parent.rows:
+        if self._chosen is None:
             for batch in table.scanner(columns=["vector"], batch_size=BATCH_ROWS).to_batches():
-                yield vector_matrix(batch.column("vector"))
+                yield unit(vector_matrix(batch.column("vector")))
             return
-        chosen = np.sort(np.random.default_rng(self._seed).choice(self.parent.rows, self._size, replace=False))
-        for start in range(0, self._size, BATCH_ROWS):
-            part = table.take(pa.array(chosen[start : start + BATCH_ROWS]), columns=["vector"])
-            yield vector_matrix(part.column("vector"))
+        for start in range(0, self.rows, BATCH_ROWS):
+            yield self._taken(self._chosen[start : start + BATCH_ROWS])
+
+    @cached_property
+    def held_out(self) -> NDArray[np.int64]:
+        """Positions within the sample that are kept for comparing, ascending."""
+        count = min(HELD_OUT, max(self.rows // 8, min(-(-self.rows // 2), 256)))
+        return np.sort(np.random.default_rng(self.seed + 1).choice(self.rows, count, replace=False))
+
+    def part(self, positions: NDArray[np.int64]) -> Matrix:
+        """Some rows of the sample, unit float32[n, D], by ascending position."""
+        offsets = positions if self._chosen is None else self._chosen[positions]
+        blocks = [self._taken(offsets[at : at + BATCH_ROWS]) for at in range(0, len(offsets), BATCH_ROWS)]
+        return np.concatenate(blocks)
+
+    def some(self, count: int, leave_out: NDArray[np.int64] | None = None) -> Matrix:
+        """At most `count` seeded rows, none of those left out."""
+        left = np.arange(self.rows)
+        left = left if leave_out is None else np.setdiff1d(left, leave_out)
+        if len(left) > count:
+            left = np.sort(np.random.default_rng(self.seed + 2).choice(left, count, replace=False))
+        return self.part(left)
+
+    def _taken(self, offsets: NDArray[np.int64]) -> Matrix:
+        table = store.open_table(self.parent.uri, self.parent.version)
+        return unit(vector_matrix(table.take(pa.array(offsets), columns=["vector"]).column("vector")))
 
 
-def _transform(kind: str, sample: _Sample, ledger: Ledger) -> tuple[Transform, str | None, list[float]]:
-    if kind == "none":
-        return Transform(), None, []
-    name = f"{kind}-{_key(sample.key, kind)}"
-    record = ledger.get(name)
-    path = ledger.file(f"{name}.npy")
-    if record is None:
-        moments = Moments(sample.parent.info.full_dim)
-        for vectors in sample:
+@dataclass
+class _Fitting:
+    """Everything that is learned from one sample, each once: what has a record is not fitted again."""
+
+    sample: _Sample
+    ledger: Ledger
+    declared: tuple[int, ...]
+    queries: OnQueries
+
+    @cached_property
+    def moments(self) -> Moments:
+        """Of the whole sample."""
+        moments = Moments(self.sample.parent.info.full_dim)
+        for vectors in self.sample:
             moments.add(vectors)
-        transform, variances = pca(moments)
-        np.save(path, transform.stacked())
-        total = float(variances.sum()) or 1.0
-        record = ledger.add(
-            name,
-            {
-                "digest": digest(kind, transform.stacked()),
-                "sample_rows": moments.count,
-                "explained": [round(float(share), 6) for share in np.cumsum(variances) / total],
-            },
-        )
-        log.info("fit transform=%s sample_rows=%d digest=%s", kind, moments.count, record["digest"][:12])
-    return Transform.unstacked(kind, np.load(path)), str(record["digest"]), list(record["explained"])
+        return moments
+
+    @cached_property
+    def held_out(self) -> Matrix:
+        """Rows to compare on: no compared transform has seen them."""
+        return self.sample.part(self.sample.held_out)
+
+    def kept(self, queries: Matrix | None, ways: Mapping[str, Transform], dims: Sequence[int]) -> list[probe.Kept]:
+        """What cuts keep of held-out rows' neighbours among a pool of the sample."""
+        return probe.measure(self.pool, len(self.held_out), queries, ways, dims)
+
+    @cached_property
+    def pool(self) -> Matrix:
+        """The rows held out, then others."""
+        return np.concatenate([self.held_out, self.sample.some(POOL - len(self.held_out), self.sample.held_out)])
+
+    @cached_property
+    def held_out_pca(self) -> Transform:
+        """PCA of the other rows."""
+        return pca(self.moments.without(self.held_out))[0]
+
+    @property
+    def ladder(self) -> list[int]:
+        """Dims that decide."""
+        return probe.ladder(self.sample.parent.info.full_dim, self.declared)
+
+    def transform(self, kind: str) -> Transform:
+        """The transform of a kind, fitted on the sample (the adaptor: less the rows held out)."""
+        if kind == "none":
+            return Transform()
+        name = f"{kind}-{_key(self.sample.key, str(self.ladder) if kind == 'adaptor' else '')}"
+        path = self.ledger.file(f"{name}.npy")
+        if self.ledger.get(name) is None:
+            start = time.perf_counter()
+            made = self._learn(kind)
+            store.write(path, store.npy(made.stacked()))
+            seconds = round(time.perf_counter() - start, 3)
+            self.ledger.add(name, {"digest": made.digest(), "sample_rows": self.sample.rows, "seconds": seconds})
+            log.info("fit transform=%s sample_rows=%d seconds=%.1f", kind, self.sample.rows, seconds)
+        return Transform.unstacked(kind, np.load(path))
+
+    def _learn(self, kind: str) -> Transform:
+        if kind == "adaptor":
+            rows = self.sample.some(adaptor.ROWS, self.sample.held_out)
+            finer = 2 * self.ladder[-1]
+            dims = [*self.ladder, *([finer] if finer < rows.shape[1] else [])]
+            return adaptor.train(rows, dims, self.sample.seed)
+        return order(self.moments) if kind == "order" else pca(self.moments)[0]
+
+    def decision(self, spec: JobSpec) -> Record:
+        """The verdict, the kind of transform that follows from it, and their figures; refuses a plain cut that loses.
+
+        The kind never depends on the dims that are wanted, so that a table can be added later.
+        """
+        wanted = sorted({prefix.dim for prefix in spec.prefixes})
+        settings = spec.transform
+        name = f"decision-{_key(self.sample.key, settings.kind, str(self.declared), str(wanted))}"
+        record = self.ledger.get(name) or self.ledger.add(name, self._decide(settings.kind, wanted))
+        verdict = record["verdict"]
+        log.info("fit verdict=%s because=%s", verdict["says"].replace(" ", "_"), verdict["because"])
+        if settings.kind == "none" and verdict["says"] == "not trained" and not settings.accept_loss:
+            raise SpecError(
+                f"transform.kind: none was asked, but {self.sample.parent.info.model} was not trained for prefixes: "
+                f"{verdict['because']}; use transform.kind: auto, or set transform.accept_loss: true "
+                "(no text is embedded again)"
+            )
+        _warn(record)
+        return record
+
+    def _decide(self, asked: str, wanted: Sequence[int]) -> Record:
+        start = time.perf_counter()
+        full_dim, queries = self.sample.parent.info.full_dim, self.queries()
+        dims = sorted({*self.ladder, *(dim for dim in wanted if dim < full_dim)})
+        kept = probe.compare(self.pool, len(self.held_out), queries, self.held_out_pca, dims, self.sample.seed)
+        verdict = probe.judge(kept, self.ladder, self.declared, wanted, self.sample.rows, full_dim)
+        kind = asked
+        if asked == "auto":
+            kind = "none" if verdict.holds else "adaptor"
+        compared = None
+        if kind == "adaptor":
+            kind, compared = self._better_of_adaptor_and_pca()
+        if kind == "adaptor":
+            kept += self.kept(queries, {kind: self.transform(kind)}, dims)
+        if kind == "order":
+            kept += self.kept(queries, {kind: order(self.moments.without(self.held_out))}, dims)
+        _, variances = pca(self.moments)
+        explained = np.cumsum(variances) / (float(variances.sum()) or 1.0)
+        return {
+            "kind": kind,
+            "sample_rows": self.sample.rows,
+            "verdict": verdict.figures(),
+            "kept": [one.figures() for one in kept],
+            "compared": compared,
+            "lost": probe.lost(kept, wanted) if kind == "none" and verdict.says != "trained" else None,
+            "explained": [round(float(share), 6) for share in explained],
+            "seconds": round(time.perf_counter() - start, 3),
+        }
+
+    def _better_of_adaptor_and_pca(self) -> tuple[str, Record]:
+        """The adaptor if it keeps more of held-out rows' neighbours than PCA, mean over the ladder's dims; else PCA."""
+        rows = self.sample.rows - len(self.sample.held_out)
+        if rows < adaptor.MIN_ROWS:
+            return "pca", {"kept": "pca", "because": f"{rows} rows are too few to train an adaptor"}
+        ways = {"pca": self.held_out_pca, "adaptor": self.transform("adaptor")}
+        kept = self.kept(None, ways, self.ladder)
+        means = {way: float(np.mean([one.neighbours.mean() for one in kept if one.way == way])) for way in ways}
+        won = "adaptor" if means["adaptor"] > means["pca"] else "pca"
+        because = f"of held-out rows' neighbours the adaptor keeps {means['adaptor']:.1%}, PCA {means['pca']:.1%}"
+        log.info("fit transform=%s because=%s", won, because)
+        return won, {"kept": won, "because": because, **{way: round(mean, 4) for way, mean in means.items()}}
 
 
-def _codec(prefix: Prefix, transform: Transform, name: str | None, sample: _Sample, ledger: Ledger) -> Codec:
-    """The prefix's codec; only int8 has something to learn: the largest value of each dimension."""
-    if prefix.precision != "int8":
-        return Codec(prefix.precision)
-    key = f"{prefix.table}-{_key(sample.key, str(name))}"
-    record = ledger.get(key)
+def _warn(record: Mapping[str, Any]) -> None:
+    """Say aloud where plain prefixes are used against, or without, a verdict for them."""
+    verdict = record["verdict"]
+    if record["kind"] == "none" and verdict["says"] != "trained":
+        log.warning("fit transform=none: the verdict on plain prefixes is %s; lost=%s", verdict["says"], record["lost"])
+    if record["kind"] == "none" and verdict["far"]:
+        log.warning("fit transform=none: dims %s are far from those that the model was trained for", verdict["far"])
+    if verdict["declared"] and verdict["says"] == "not trained":
+        log.warning("fit the model declares %s, the measurement says otherwise", verdict["declared"])
+
+
+def _fit_prefix(prefix: Prefix, kind: str, fitting: _Fitting) -> FittedPrefix:
+    """The prefix's transform and codec: int8 learns its scales, binary its rotation."""
+    if prefix.precision == "binary" and kind == "adaptor":
+        kind = "pca"
+    transform = fitting.transform(kind)
+    codec = Codec(prefix.precision)
+    if prefix.precision == "int8":
+        codec = Codec("int8", scale=_scale(prefix, transform, fitting))
+    if prefix.precision == "binary" and prefix.rotation != "none":
+        codec = Codec("binary", rotation=_rotation(prefix, transform, fitting))
+    return FittedPrefix(transform, codec)
+
+
+def _scale(prefix: Prefix, transform: Transform, fitting: _Fitting) -> Matrix:
+    key = f"{prefix.table}-{_key(fitting.sample.key, str(transform.digest()), str(INT8_PERCENTILE))}"
+    record = fitting.ledger.get(key)
     if record is None:
-        largest = np.zeros(prefix.dim, np.float32)
-        for vectors in sample:
-            largest = np.maximum(largest, np.abs(truncate(transform.apply(vectors), prefix.dim)).max(axis=0))
-        scale = [float(str(step)) for step in int8_scale(largest)]
-        record = ledger.add(key, {"scale": scale})
-    return Codec("int8", scale=np.array(record["scale"], np.float32))
+        magnitudes = Magnitudes(prefix.dim)
+        for vectors in fitting.sample:
+            magnitudes.add(truncate(transform.apply(vectors), prefix.dim))
+        scale = int8_scale(magnitudes.percentile(INT8_PERCENTILE))
+        record = fitting.ledger.add(key, {"scale": [float(str(step)) for step in scale]})
+    return np.array(record["scale"], np.float32)
+
+
+def _rotation(prefix: Prefix, transform: Transform, fitting: _Fitting) -> Matrix:
+    sample = fitting.sample
+    key = f"{prefix.table}-{_key(sample.key, str(transform.digest()), prefix.rotation)}"
+    path = fitting.ledger.file(f"{key}.npy")
+    if fitting.ledger.get(key) is None:
+        if prefix.rotation == "random":
+            matrix = rotation.random(prefix.dim, sample.seed)
+        else:
+            learn = rotation.itq if prefix.rotation == "itq" else rotation.whitened_itq
+            matrix = learn(truncate(transform.apply(sample.some(ROTATION_ROWS)), prefix.dim), sample.seed)
+        store.write(path, store.npy(matrix))
+        fitting.ledger.add(key, {"digest": digest("rotation", matrix)})
+    return np.asarray(np.load(path))
 
 
 def _key(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def _write_parameters(root: Path, transform: Transform, name: str | None, info: TableInfo) -> int:
+def _write_parameters(root: Path, artefacts: Mapping[str, tuple[str, Matrix]], info: TableInfo) -> int:
     """Keep the fitted matrices where every reader finds them; the table's version."""
     uri = store.table_uri(root, PARAMETERS)
     schema = parameters_schema(info)
-    wanted = {} if name is None else {name: (transform.kind, transform.stacked())}
     if store.table_exists(uri):
         current = store.open_table(uri)
-        if set(current.to_table(columns=["digest"]).column("digest").to_pylist()) == set(wanted):
+        if set(current.to_table(columns=["digest"]).column("digest").to_pylist()) == set(artefacts):
             return int(current.version)
-    artefacts: list[dict[str, Any]] = [
+    rows: list[dict[str, Any]] = [
         {"digest": key, "kind": kind, "rows": len(values), "cols": values.shape[1], "values": values.ravel()}
-        for key, (kind, values) in wanted.items()
+        for key, (kind, values) in sorted(artefacts.items())
     ]
-    table = pa.Table.from_pylist(artefacts, schema)
+    table = pa.Table.from_pylist(rows, schema)
     return store.commit(uri, schema, store.write_fragments(uri, table, schema))

@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 from pipeline import store
 from pipeline.errors import DamageError
 from pipeline.tables import TableInfo, vector_matrix
-from pipeline.vectors import Codec, Matrix, top, unit
+from pipeline.vectors import Codec, Matrix, Scoring, top, unit
 
 SCAN_ROWS = 8_192
+TOGETHER = 32
+"""Shortlists of several queries are scored as one product while their union is at most this many times one of them."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,14 @@ class View:
         """Whether these are the full vectors."""
         return self.info.parent is None
 
-    def scores(self, queries: Matrix, codes: Matrix) -> Matrix:
+    def scores(self, queries: Matrix, codes: Matrix, scoring: Scoring) -> Matrix:
         """Similarity of unit query prefixes [q, dim] to stored codes [n, …], float32[q, n].
 
         Full vectors are brought back to unit length (half precision lost some) and multiplied in float64: float32
         products differ in the last bit by where a row stands, and then equal rows would not tie.
         """
         if not self.is_full:
-            return self.codec.scores(queries, codes)
+            return self.codec.scores(queries, codes, scoring)
         return np.asarray(queries.astype(np.float64) @ unit(codes).astype(np.float64).T, dtype=np.float32)
 
     @property
@@ -68,11 +70,12 @@ class Hits:
 
 @dataclass
 class Step:
-    """What one level did."""
+    """One level: what is asked of it, and what it did."""
 
     table: str
     engine: str
     shortlist: int
+    scoring: Scoring = "dot"
     rows: int = 0
     bytes: int = 0
     milliseconds: float = 0.0
@@ -88,7 +91,7 @@ def scanned(view: View, prefixes: Matrix, keep: int, where: str | None, step: St
         codes = vector_matrix(batch.column("vector"))
         offsets = np.arange(position, position + len(codes)) if where is None else batch["_rowoffset"].to_numpy()
         position += len(codes)
-        scores = view.scores(prefixes, codes)
+        scores = view.scores(prefixes, codes, step.scoring)
         best = _best(best, offsets.astype(np.int64), batch["row"].to_numpy(), scores, keep)
         step.rows, step.bytes = step.rows + len(codes), step.bytes + codes.nbytes
     return best
@@ -129,27 +132,49 @@ def from_index(view: View, prefixes: Matrix, keep: int, where: str | None, step:
 
 
 def rescored(view: View, prefixes: Matrix, hits: Hits, keep: int, step: Step) -> Hits:
-    """Score the hits with this table's codes and keep the best; reads each row once for all queries."""
+    """Score the hits with this table's codes and keep the best."""
+    return best_of(hits, scores_of(view, prefixes, hits, step), keep)
+
+
+def scores_of(view: View, prefixes: Matrix, hits: Hits, step: Step) -> Matrix:
+    """Scores of the hits by this table's codes, float32 in the hits' shape, -inf for none; reads each row once.
+
+    DamageError where the table holds another row at a hit's position.
+    """
     step.engine = step.engine or "take"
-    wanted = np.unique(hits.offsets[hits.offsets >= 0])
-    if not len(wanted):
-        return Hits.none(len(prefixes))
-    taken = view.table.take(pa.array(wanted), columns=["row", "vector"])
+    wanted, where = np.unique(hits.offsets, return_inverse=True)
+    where = where.reshape(hits.offsets.shape)
+    none = int(len(wanted) > 0 and wanted[0] < 0)
+    scores = np.full(hits.offsets.shape, -np.inf, np.float32)
+    if len(wanted) == none:
+        return scores
+    taken = view.table.take(pa.array(wanted[none:]), columns=["row", "vector"])
     codes, rows = vector_matrix(taken.column("vector")), taken.column("row").to_numpy()
     step.rows, step.bytes = step.rows + len(codes), step.bytes + taken.column("vector").nbytes
-    found = []
-    for query, offsets, claimed in zip(prefixes, hits.offsets, hits.rows, strict=True):
-        ordered = np.argsort(offsets, kind="stable")
-        ordered = ordered[offsets[ordered] >= 0]
-        at = np.searchsorted(wanted, offsets[ordered])
-        if not np.array_equal(rows[at], claimed[ordered]):
-            raise DamageError(
-                f"{view.name} holds other rows than the tables before it; run `verify`, then the job again"
-            )
-        scores = view.scores(query[None], codes[at])
-        picked = top(scores, keep)[0]
-        found.append(Hits(wanted[at][picked][None], rows[at][picked][None], scores[:, picked]))
-    return joined(found)
+    found, at = hits.offsets >= 0, where - none
+    if not np.array_equal(rows[at[found]], hits.rows[found]):
+        raise DamageError(f"{view.name} holds other rows than the tables before it; run `verify`, then the job again")
+    if len(codes) <= TOGETHER * hits.offsets.shape[1]:
+        everything = view.scores(prefixes, codes, step.scoring)
+        scores[found] = np.take_along_axis(everything, np.maximum(at, 0), 1)[found]
+        return scores
+    for query, mine in enumerate(found):
+        scores[query, mine] = view.scores(prefixes[query][None], codes[at[query, mine]], step.scoring)[0]
+    return scores
+
+
+def best_of(hits: Hits, scores: Matrix, keep: int) -> Hits:
+    """The best hits by other scores, ties by lower row."""
+    picked = ranked_columns(hits, scores, keep)
+    chosen = (np.take_along_axis(part, picked, 1) for part in (hits.offsets, hits.rows, scores))
+    return Hits(*chosen)
+
+
+def ranked_columns(hits: Hits, scores: Matrix, keep: int) -> NDArray[np.int64]:
+    """Per query, the columns of the best hits by other scores, ties by lower row."""
+    ordered = np.argsort(hits.offsets, axis=1, kind="stable")
+    picked: NDArray[np.int64] = np.take_along_axis(ordered, top(np.take_along_axis(scores, ordered, 1), keep), 1)
+    return picked
 
 
 def joined(blocks: Sequence[Hits]) -> Hits:

@@ -14,19 +14,21 @@ from typing import Any, Literal, get_args
 
 import polars as pl
 
-from pipeline import corpus, derive, embed, evaluate, fit, index, ledger, store
+from pipeline import corpus, derive, embed, evaluate, fit, index, ledger, plan, probe, queries, report, store
 from pipeline.embedder import COUNTERS
 from pipeline.encoders import models
+from pipeline.encoders.queries import QueryEncoder
 from pipeline.errors import DataError, SpecError
 from pipeline.search import Index
 from pipeline.spec import JobSpec
-from pipeline.tables import DOCUMENTS, FORMAT, PARAMETERS, Parent
+from pipeline.tables import DOCUMENTS, FORMAT, PARAMETERS, Fits, Parent, TableInfo
 from pipeline.workers import Pool, Progress, peak_memory_bytes
 
 log = logging.getLogger(__name__)
 
-Stage = Literal["corpus", "embed", "fit", "derive", "index", "evaluate"]
+Stage = Literal["corpus", "embed", "fit", "derive", "index", "evaluate", "report"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
+MEASURED = ("evaluation.parquet", "rankings.parquet", "examples.parquet")
 OnStage = Callable[[str, int | None, Progress], None]
 """Told the stage, its rows in all (None: not known yet) and what is finished of them."""
 
@@ -37,15 +39,11 @@ def ignore(stage: str, rows: int | None, progress: Progress) -> None:
 
 def check(spec: JobSpec) -> models.ModelFolder:
     """Everything that can be seen to be wrong without reading the corpus or starting a model."""
-    corpus.check(spec.corpus)
-    evaluate.check_files(spec.evaluate)
-    folder = models.resolve(spec.model.name, spec.model.revision)
-    if folder.dim is not None:
-        embed.check_dims(spec, folder.dim)
+    _, folder = plan.check(spec)
     return folder
 
 
-def run(spec: JobSpec, first: Stage = "corpus", last: Stage = "evaluate", on_stage: OnStage = ignore) -> dict[str, Any]:
+def run(spec: JobSpec, first: Stage = "corpus", last: Stage = "report", on_stage: OnStage = ignore) -> dict[str, Any]:
     """Run the job from stage `first` to stage `last`; the generation, or {} where the run stops before the end.
 
     Stages before `first` must be finished (StaleError). Raises PipelineError and its kinds.
@@ -65,6 +63,7 @@ class _Run:
     def __init__(self, spec: JobSpec, root: Path, folder: models.ModelFolder, pool: Pool, on_stage: OnStage) -> None:
         self.spec, self.root, self.folder, self.pool, self.on_stage = spec, root, folder, pool, on_stage
         self.first: Stage = "corpus"
+        self.seconds: dict[str, float] = {}
 
     @contextmanager
     def stage(self, name: Stage, rows: int | None) -> Iterator[Callable[[Progress], None]]:
@@ -76,15 +75,16 @@ class _Run:
         start = time.perf_counter()
         self.on_stage(name, rows, Progress())
         yield lambda progress: self.on_stage(name, rows, progress)
-        log.info("%s done seconds=%.1f", name, time.perf_counter() - start)
+        self.seconds[name] = round(time.perf_counter() - start, 3)
+        log.info("%s done seconds=%.1f", name, self.seconds[name])
 
     def go(self, first: Stage, last: Stage) -> dict[str, Any]:
         self.first = first
         spec, root = self.spec, self.root
         with self.stage("corpus", None) as tell:
             scan = corpus.run(spec.corpus, root, self.pool, tell)
-            names = evaluate.judged_ids(spec.evaluate)
-            evaluate.check_judged(
+            names = queries.judged_ids(spec.evaluate)
+            queries.check_judged(
                 spec.evaluate, names, corpus.known_ids(root, scan, spec.corpus, names) if names else []
             )
         log.info(
@@ -118,7 +118,8 @@ class _Run:
             return {}
         parent = Parent(full.uri, full.version, full.digest, full.rows, full.info)
         with self.stage("fit", None):
-            fits = fit.run(spec, parent, spec.model.matryoshka_dims or self.folder.matryoshka_dims, root)
+            declared = spec.model.matryoshka_dims or self.folder.matryoshka_dims
+            fits = fit.run(spec, parent, declared, root, lambda: self._probe_queries(full.info))
         if last == "fit":
             return {}
         filters = {name: scan.types[name] for name in spec.corpus.filter}
@@ -131,7 +132,28 @@ class _Run:
         if last == "index":
             return {}
         candidate = self._candidate(scan, full, fits, derived, indexed)
-        return self._evaluated(candidate)
+        generation = self._evaluated(candidate)
+        if last == "report":
+            self._report(generation)
+        return generation
+
+    def _report(self, generation: Mapping[str, Any]) -> None:
+        """Make the page, unless it shows this generation already."""
+        shown = ledger.Ledger(self.root, "report")
+        name = str(generation["generation"])
+        if self.first != "report" and shown.get(name) is not None and (self.root / report.FILE).is_file():
+            return
+        with self.stage("report", None):
+            report.run(self.root)
+            shown.add(name, {})
+
+    def _probe_queries(self, info: TableInfo) -> Any:
+        """Vectors of the evaluation's first queries, where there are any."""
+        path = self.spec.evaluate.queries
+        if path is None:
+            return None
+        texts = queries.read_queries(path)["text"].to_list()[: probe.ANCHORS]
+        return queries.embedded(path, texts, info, self.root, QueryEncoder(info))
 
     def _corpus_fields(self, scan: corpus.Scan) -> dict[str, Any]:
         """The corpus' part of the fingerprint."""
@@ -151,15 +173,15 @@ class _Run:
         self,
         scan: corpus.Scan,
         full: embed.Full,
-        fits: Any,
+        fits: Fits,
         derived: list[derive.Derived],
         indexed: Mapping[str, index.Indexed],
     ) -> dict[str, Any]:
         """The generation as it would be published, without its number and evaluation."""
-        tables = {
+        tables: dict[str, dict[str, Any]] = {
             DOCUMENTS: {"version": indexed[DOCUMENTS].version, "rows": full.rows, "digest": full.digest, "index": None},
-            PARAMETERS: {"version": fits.parameters_version, "rows": int(fits.transform_digest is not None),
-                         "digest": hashlib.sha256(str(fits.transform_digest).encode()).hexdigest(), "index": None},
+            PARAMETERS: {"version": fits.parameters_version, "rows": len(fits.artefacts),
+                         "digest": hashlib.sha256("\n".join(fits.artefacts).encode()).hexdigest(), "index": None},
         }  # fmt: skip
         for table in derived:
             at = indexed[table.name]
@@ -189,27 +211,27 @@ class _Run:
                 "batch_tokens": facts.batch_tokens, "prompts": dict(facts.prompts), "probe": dict(facts.probe),
             },
             "embed": counters,
-            "transform": {"kind": fits.transform.kind, "explained": list(fits.explained)},
+            "transform": dict(fits.decision),
             "tables": tables,
             "files": {"quarantine.parquet": store.sha256(self.root / "quarantine.parquet"), **full.counters["parquet"]},
         }  # fmt: skip
 
     def _evaluated(self, candidate: dict[str, Any]) -> dict[str, Any]:
         """Evaluate and publish, unless the newest generation is just that already."""
-        path = self.root / "evaluation.parquet"
         newest = ledger.newest_generation(self.root)
         key = self._evaluation_key(candidate)
-        current = newest is not None and newest["evaluation_key"] == key and _is_whole(path, newest)
+        current = newest is not None and newest["evaluation_key"] == key and self._is_whole(newest)
         with self.stage("evaluate", None):
             if not current or self.first == "evaluate":
-                measured = evaluate.run(self.spec.evaluate, Index(self.root, candidate), self.spec.seed)
-                buffer = io.BytesIO()
-                measured.write_parquet(buffer)
-                self._keep_measured(buffer.getvalue(), measured, newest)
+                opened = Index(self.root, candidate)
+                self._keep(evaluate.run(self.spec.evaluate, opened, self.spec.seed, self.root), newest)
             else:
-                evaluate.check_floor(self.spec.evaluate, pl.read_parquet(path, glob=False))
+                measured = pl.read_parquet(self.root / "evaluation.parquet", glob=False)
+                evaluate.check_floor(self.spec.evaluate, measured)
         candidate["evaluation_key"] = key
-        candidate["files"]["evaluation.parquet"] = store.sha256(path)
+        candidate["files"] |= {name: store.sha256(self.root / name) for name in MEASURED}
+        before = {} if newest is None else newest.get("seconds", {})
+        candidate["seconds"] = {name: max(spent, before.get(name, 0.0)) for name, spent in self.seconds.items()}
         if newest is not None and _same(newest, candidate):
             log.info("run nothing to do generation=%d", newest["generation"])
             ledger.copy_to_manifest(self.root, newest)
@@ -223,13 +245,23 @@ class _Run:
         )
         return published
 
-    def _keep_measured(self, data: bytes, measured: pl.DataFrame, newest: Mapping[str, Any] | None) -> None:
-        """evaluation.parquet belongs to the newest generation: a miss replaces it only where there is none."""
-        path = self.root / "evaluation.parquet"
+    def _keep(self, measured: evaluate.Measured, newest: Mapping[str, Any] | None) -> None:
+        """The measurement belongs to the newest generation: a miss replaces it only where there is none."""
         if newest is None:
-            store.write(path, data)
-        evaluate.check_floor(self.spec.evaluate, measured)
-        store.write(path, data)
+            self._write(measured)
+        evaluate.check_floor(self.spec.evaluate, measured.evaluation)
+        self._write(measured)
+
+    def _write(self, measured: evaluate.Measured) -> None:
+        for name in MEASURED:
+            buffer = io.BytesIO()
+            getattr(measured, Path(name).stem).write_parquet(buffer)
+            store.write(self.root / name, buffer.getvalue())
+
+    def _is_whole(self, generation: Mapping[str, Any]) -> bool:
+        """Whether the measurement of a generation is there as it was published."""
+        paths = [self.root / name for name in MEASURED]
+        return all(path.is_file() and store.sha256(path) == generation["files"].get(path.name) for path in paths)
 
     def _evaluation_key(self, candidate: Mapping[str, Any]) -> str:
         """Changes with everything the measurement depends on."""
@@ -237,16 +269,12 @@ class _Run:
         files = [store.sha256(Path(name)) for name in (settings.queries, settings.qrels) if name]
         tables = {name: (entry["version"], entry["digest"]) for name, entry in candidate["tables"].items()}
         search = self.spec.search.model_dump(mode="json")["cascade"]
-        basis = [tables, search, settings.k, files, self.spec.seed, FORMAT]
+        basis = [tables, search, settings.k, list(settings.shortlists), files, self.spec.seed, FORMAT]
         return hashlib.sha256(store.to_json(basis)).hexdigest()
 
 
-def _is_whole(path: Path, generation: Mapping[str, Any]) -> bool:
-    """Whether a file of a generation is there as it was published."""
-    return path.is_file() and store.sha256(path) == generation["files"][path.name]
-
-
 def _same(newest: Mapping[str, Any], candidate: Mapping[str, Any]) -> bool:
-    """Whether a generation says what the candidate would; who did the work does not count."""
+    """Whether a generation says what the candidate would; who did the work, and how fast, does not count."""
     specs = [{**one["spec"], "workers": None} for one in (newest, candidate)]
-    return specs[0] == specs[1] and all(newest.get(name) == candidate[name] for name in candidate if name != "spec")
+    compared = set(candidate) - {"spec", "seconds"}
+    return specs[0] == specs[1] and all(newest.get(name) == candidate[name] for name in compared)

@@ -14,19 +14,19 @@ import polars as pl
 import pyarrow as pa
 
 from pipeline import filters, ledger, store
-from pipeline.encoders import models
-from pipeline.encoders.batches import Encoder, encode_rows
-from pipeline.errors import DamageError, DataError, QueryError, StaleError
-from pipeline.levels import Hits, Step, View, from_index, joined, rescored, scanned
+from pipeline.encoders.queries import QueryEncoder
+from pipeline.errors import DamageError, QueryError, StaleError
+from pipeline.levels import Hits, Step, View, from_index, joined, rescored, scanned, scores_of
 from pipeline.spec import check_cascade
 from pipeline.tables import DOCUMENTS, PARAMETERS, TableInfo, matrices
 from pipeline.transform import Transform
-from pipeline.vectors import MIN_NORM, Matrix, truncate, unit
+from pipeline.vectors import MIN_NORM, Matrix, Scoring, truncate, unit
 
 QUERIES_AT_ONCE = 256
 """Queries that share one scan; bounds memory at 256 x 8,192 scores."""
-QUERY_BATCH_TOKENS = 4_096
-Cascade = Sequence[tuple[str, int]]
+Level = tuple[str, int, str]
+"""Table, shortlist, and how binary codes are scored: auto, asymmetric or hamming."""
+Cascade = Sequence[Level | tuple[str, int]]
 
 
 def open_index(root: str | Path, model: str | None = None, device: str | None = None) -> "Index":
@@ -48,8 +48,6 @@ class Index:
     ) -> None:
         """Pin every table of the generation; StaleError where a version is gone."""
         self.generation = generation
-        self._model, self._device = model, device
-        self._encoder: Encoder | None = None
         pinned = {
             name: store.open_table(store.table_uri(root, name), entry["version"])
             for name, entry in generation["tables"].items()
@@ -62,6 +60,7 @@ class Index:
         }
         self.documents = self.views[DOCUMENTS]
         self._transforms: dict[str | None, Transform] = {None: Transform()}
+        self._encode = QueryEncoder(self.documents.info, model, device)
 
     def _view(self, name: str, table: store.Table, ann: Mapping[str, Any] | None) -> View:
         info = TableInfo.of(table.schema)
@@ -78,8 +77,8 @@ class Index:
         """The k nearest rows of each query: rank (from 1), id, score, row, text, carried columns.
 
         A text gives one table; a list or a float array [n, full_dim] gives `query` (0, 1, …) first. `cascade`
-        overrides the spec's; [] is exact. `score` is the float32 cosine with the full vector. QueryError (a
-        ValueError) for a bad query, filter, k or cascade.
+        overrides the spec's: a list of (table, shortlist) or (table, shortlist, scoring); [] is exact. `score` is
+        the float32 cosine with the full vector. QueryError (a ValueError) for a bad query, filter, k or cascade.
         """
         vectors, single = self._vectors(queries)
         hits, _ = self.rank(vectors, k, where, cascade)
@@ -97,16 +96,18 @@ class Index:
         _, steps = self.rank(vectors, k, where, cascade)
         return [vars(step) for step in steps]
 
-    def cascade(self, k: int) -> list[tuple[str, int]]:
+    def cascade(self, k: int) -> list[Level]:
         """The spec's cascade, else the table with the fewest bytes per row at shortlist max(200, 20 k)."""
         levels = self.generation["spec"]["search"]["cascade"]
-        return self.default_cascade(k) if levels is None else [(one["table"], one["shortlist"]) for one in levels]
+        if levels is None:
+            return self.default_cascade(k)
+        return [(one["table"], one["shortlist"], one.get("scoring", "auto")) for one in levels]
 
-    def default_cascade(self, k: int) -> list[tuple[str, int]]:
+    def default_cascade(self, k: int) -> list[Level]:
         """The table with the fewest bytes per row, shortlist max(200, 20 k)."""
         prefixes = [view for view in self.views.values() if not view.is_full]
         smallest = min(prefixes, key=lambda view: (view.row_bytes, view.name))
-        return [(smallest.name, max(200, 20 * k))]
+        return [(smallest.name, max(200, 20 * k), "auto")]
 
     def rank(
         self, vectors: Matrix, k: int, where: str | None, cascade: Cascade | None, rescore: bool = True
@@ -121,25 +122,41 @@ class Index:
             raise QueryError(f"k must be at least 1, not {k}")
         if where is not None and not isinstance(where, str):
             raise QueryError(f"where must be a text like \"lang = 'en'\", not {where!r}")
-        try:
-            levels = [(str(table), int(size)) for table, size in (self.cascade(k) if cascade is None else cascade)]
-        except (ValueError, TypeError):
-            raise QueryError(f"a cascade is a list of (table, shortlist), not {cascade!r}") from None
-        try:
-            check_cascade(levels, [name for name in self.views if name != DOCUMENTS])
-        except ValueError as error:
-            raise QueryError(str(error)) from None
+        levels = self.cascade(k) if cascade is None else self._levels(cascade)
         clause = None if where is None else filters.rebuild(where, self._filter_columns())
-        blocks, steps = [], self._steps(k, levels, rescore)
+        blocks, steps = [], self.steps(k, levels, rescore)
         for start in range(0, len(vectors), QUERIES_AT_ONCE):
             blocks.append(self._rank(vectors[start : start + QUERIES_AT_ONCE], k, clause, steps))
         return joined(blocks), steps
 
-    def _steps(self, k: int, cascade: Cascade, rescore: bool) -> list[Step]:
+    def _levels(self, cascade: Cascade) -> list[Level]:
+        """A caller's cascade, checked; QueryError where it cannot be run."""
+        try:
+            levels: list[Level] = [
+                (str(table), int(size), str(*how) if how else "auto") for table, size, *how in cascade
+            ]
+        except (ValueError, TypeError):
+            raise QueryError(f"a cascade is a list of (table, shortlist), not {cascade!r}") from None
+        try:
+            check_cascade([(table, size) for table, size, _ in levels], [n for n in self.views if n != DOCUMENTS])
+        except ValueError as error:
+            raise QueryError(str(error)) from None
+        wrong = [how for _, _, how in levels if how not in ("auto", "asymmetric", "hamming")]
+        if wrong:
+            raise QueryError(f"cascade: scoring is auto, asymmetric or hamming, not {wrong[0]!r}")
+        return levels
+
+    def steps(self, k: int, cascade: Sequence[Level], rescore: bool) -> list[Step]:
+        """The levels as they will be run: shortlists of at least k, how codes are scored, full vectors last."""
         steps = []
-        for table, size in cascade:
+        for number, (table, size, how) in enumerate(cascade):
             note = f"shortlist raised from {size} to k" if size < k else ""
-            steps.append(Step(table, "", max(size, k), note=note))
+            view = self.views[table]
+            scoring: Scoring = "dot"
+            if view.codec.kind == "binary":
+                by_index = number == 0 and view.ann is not None and how != "asymmetric"
+                scoring = "hamming" if by_index or how == "hamming" else "asymmetric"
+            steps.append(Step(table, "", max(size, k), scoring, note=note))
         if rescore or not steps:
             steps.append(Step(DOCUMENTS, "", k))
         return steps
@@ -148,18 +165,29 @@ class Index:
         hits: Hits | None = None
         for number, step in enumerate(steps):
             start = time.perf_counter()
-            view = self.views[step.table]
-            prefixes = queries if view.is_full else truncate(self._transform(view).apply(queries), view.info.dim)
-            keep = k if number == len(steps) - 1 else step.shortlist
-            if hits is not None:
-                hits = rescored(view, prefixes, hits, keep, step)
-            elif view.ann is not None:
-                hits = from_index(view, prefixes, keep, where, step)
-            else:
-                hits = scanned(view, prefixes, keep, where, step)
+            hits = self.level(step, queries, hits, k if number == len(steps) - 1 else step.shortlist, where)
             step.milliseconds += (time.perf_counter() - start) * 1000
         assert hits is not None
         return hits
+
+    def level(self, step: Step, queries: Matrix, hits: Hits | None, keep: int, where: str | None) -> Hits:
+        """One level: the best `keep` of the whole table, or of the hits that an earlier level left."""
+        view = self.views[step.table]
+        prefixes = self._prefixes(view, queries)
+        if hits is not None:
+            return rescored(view, prefixes, hits, keep, step)
+        if view.ann is not None and step.scoring != "asymmetric":
+            return from_index(view, prefixes, keep, where, step)
+        return scanned(view, prefixes, keep, where, step)
+
+    def scores(self, table: str, queries: Matrix, hits: Hits) -> Matrix:
+        """What a table's codes say of hits, as a level after the first would: float32 in the hits' shape."""
+        view = self.views[table]
+        step = Step(table, "", hits.offsets.shape[1], "asymmetric" if view.codec.kind == "binary" else "dot")
+        return scores_of(view, self._prefixes(view, queries), hits, step)
+
+    def _prefixes(self, view: View, queries: Matrix) -> Matrix:
+        return queries if view.is_full else truncate(self._transform(view).apply(queries), view.info.dim)
 
     def _transform(self, view: View) -> Transform:
         name = view.info.transform.get("parameters")
@@ -198,30 +226,7 @@ class Index:
 
     def embed(self, texts: Sequence[str]) -> Matrix:
         """Query vectors float32[n, full_dim] of texts, by the recorded model and query prompt, in float32."""
-        blank = [number for number, text in enumerate(texts) if not text.strip()]
-        if blank:
-            raise QueryError(f"query {blank[0]} is blank")
-        if not texts:
-            return np.zeros((0, self.documents.info.full_dim), np.float32)
-        if self._encoder is None:
-            self._encoder = self._load()
-        texts = [text.encode("utf-8", "replace").decode() for text in texts]
-        encoded = encode_rows(self._encoder, texts, "query", self.documents.info.prompts["query"], QUERY_BATCH_TOKENS)
-        for number, (reason, detail) in sorted(encoded.failed.items()):
-            raise QueryError(f"query {number} cannot be embedded: {reason} {detail}")
-        return encoded.vectors
-
-    def _load(self) -> Encoder:
-        from pipeline.encoders.sentence import SentenceEncoder
-
-        info = self.documents.info
-        folder = models.resolve(self._model or info.model, None if self._model else info.revision)
-        if folder.digest != info.model_digest:
-            raise DataError(
-                f"{folder.name} is {folder.digest[:19]}…, the tables need {info.model} {info.model_digest[:19]}…; "
-                "give open_index the same model, or run the job again in another root"
-            )
-        return SentenceEncoder(folder, info.max_tokens, self._device, None)
+        return self._encode(texts)
 
     def _frame(self, hits: Hits, single: bool) -> pl.DataFrame:
         names = [name for name in self.documents.table.schema.names if name not in ("row", "vector", "text_digest")]

@@ -12,6 +12,7 @@ import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeAlias
@@ -74,7 +75,7 @@ def _resolve_one(entry: str) -> list[SourceFile]:
         return [SourceFile(STDLIB, "docstrings", 0, docstrings.stamp())]
     if entry.startswith("docstrings:"):
         raise SpecError(f"corpus.source: unknown corpus {entry!r}; there is {STDLIB}")
-    filesystem, path, scheme = _locate(entry)
+    filesystem, path, scheme = locate(entry)
     wrapper = ArrowFSWrapper(filesystem)
     try:
         literal = filesystem.get_file_info(path)
@@ -122,7 +123,7 @@ def _file(info: fs.FileInfo, scheme: str) -> SourceFile:
     return SourceFile(path, kind, int(info.size), str(info.mtime_ns))
 
 
-def _locate(entry: str) -> tuple[fs.FileSystem, str, str]:
+def locate(entry: str) -> tuple[fs.FileSystem, str, str]:
     """File system, path on it, and what to put before a path to name the file again."""
     if "://" not in entry:
         return (
@@ -154,13 +155,13 @@ def _inside_lance(path: str) -> bool:
 
 def column_names(file: SourceFile) -> list[str]:
     """Names of a file's columns; for JSON those of the first rows. DataError where it cannot be read."""
-    with _reading(file):
+    with reading(file):
         if file.kind == "docstrings":
             return ["id", "title", "text", "module"]
         if file.kind == "txt":
             return ["text"]
         if file.kind == "parquet":
-            return list(_parquet(file).schema_arrow.names)
+            return list(parquet_file(file).schema_arrow.names)
         if file.kind == "lance":
             return list(store.open_table(file.path).schema.names)
         if file.kind == "csv":
@@ -184,7 +185,7 @@ class Reader:
 
     def read(self, file: SourceFile, start: int = 0, stop: int | None = None) -> Iterator[RawBatch]:
         """Rows start … stop (None: to the end) in batches. DataError where the file cannot be read."""
-        with _reading(file):
+        with reading(file):
             if file.kind == "parquet":
                 yield from self._parquet(file, start, stop)
             elif file.kind == "lance":
@@ -193,7 +194,7 @@ class Reader:
                 yield from self._lines(file, start, stop)
 
     def _parquet(self, file: SourceFile, start: int, stop: int | None) -> Iterator[RawBatch]:
-        parquet = _parquet(file)
+        parquet = parquet_file(file)
         first, wanted = 0, []
         skipped: int | None = None
         for group in range(parquet.num_row_groups):
@@ -256,25 +257,20 @@ class Reader:
         return RawBatch(start, len(rows), columns, bad)
 
 
-class _reading:
-    """Turns whatever a broken file raises into one DataError that names it."""
-
-    def __init__(self, file: SourceFile) -> None:
-        self.file = file
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, pa.ArrowException | OSError | EOFError | gzip.BadGzipFile):
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            raise DataError(f"cannot read {self.file.path}: {reason}; mend the file or leave it out") from None
+@contextmanager
+def reading(file: SourceFile) -> Iterator[None]:
+    """Turn whatever a broken file raises into one DataError that names it."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, EOFError, gzip.BadGzipFile) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise DataError(f"cannot read {file.path}: {reason}; mend the file or leave it out") from None
 
 
 def content_digest(file: SourceFile) -> str:
     """sha256 of a file's bytes."""
-    filesystem, path, _ = _locate(file.path)
-    with _reading(file), filesystem.open_input_stream(path, compression=None) as stream:
+    filesystem, path, _ = locate(file.path)
+    with reading(file), filesystem.open_input_stream(path, compression=None) as stream:
         digest = hashlib.sha256()
         while block := stream.read(1 << 20):
             digest.update(block)
@@ -282,13 +278,14 @@ def content_digest(file: SourceFile) -> str:
 
 
 def _open(file: SourceFile) -> IO[bytes]:
-    filesystem, path, _ = _locate(file.path)
+    filesystem, path, _ = locate(file.path)
     compression = {".gz": "gzip", ".zst": "zstd"}.get("." + path.lower().rpartition(".")[2])
     return io.BufferedReader(filesystem.open_input_stream(path, compression=compression), 1 << 20)
 
 
-def _parquet(file: SourceFile) -> pq.ParquetFile:
-    filesystem, path, _ = _locate(file.path)
+def parquet_file(file: SourceFile) -> pq.ParquetFile:
+    """An open Parquet file, wherever it lies."""
+    filesystem, path, _ = locate(file.path)
     return pq.ParquetFile(filesystem.open_input_file(path))
 
 
@@ -389,8 +386,8 @@ class Shard:
 
 def footer_rows(file: SourceFile) -> int | None:
     """Rows of a file where its footer tells them."""
-    with _reading(file):
+    with reading(file):
         if file.kind == "parquet":
-            return int(_parquet(file).metadata.num_rows)
+            return int(parquet_file(file).metadata.num_rows)
         return int(store.open_table(file.path).count_rows()) if file.kind == "lance" else None
     return None

@@ -112,8 +112,11 @@ class Embed(Section):
 class Transform(Section):
     """What is applied before truncating."""
 
-    kind: Literal["auto", "none", "pca"] = Field("auto", description="auto: none for a declared Matryoshka model")
+    kind: Literal["auto", "none", "pca", "adaptor", "order"] = Field(
+        "auto", description="auto: none where plain prefixes hold by measurement, else the better of adaptor and pca"
+    )
     sample_rows: int = Field(100_000, ge=1, description="rows that fitting looks at, chosen by seed")
+    accept_loss: bool = Field(False, description="kind none only: run although the model was not trained for it")
 
 
 class PrefixIndex(Section):
@@ -134,6 +137,9 @@ class Prefix(Section):
 
     dim: int = Field(ge=1)
     precision: Precision
+    rotation: Literal["auto", "whitened_itq", "itq", "random", "none"] = Field(
+        "auto", description="binary only, before the signs are taken; auto: whitened_itq"
+    )
     index: PrefixIndex = PrefixIndex()
 
     @property
@@ -150,6 +156,8 @@ class Prefix(Section):
     def _storage_can_hold_it(self) -> Self:
         if self.precision == "binary" and self.dim % 8:
             raise ValueError(f"binary packs 8 dimensions into a byte; dim must be a multiple of 8, not {self.dim}")
+        if self.precision != "binary" and self.rotation != "auto":
+            raise ValueError(f"rotation is for precision: binary, not {self.precision}")
         if self.precision == "int8" and self.index.kind not in ("auto", "none"):
             raise ValueError("LanceDB cannot index int8; use kind: none, or precision: float16")
         if self.precision == "binary" and self.index.kind not in ("auto", "none", "ivf_flat"):
@@ -170,6 +178,11 @@ class Level(Section):
 
     table: str
     shortlist: int = Field(ge=1)
+    scoring: Literal["auto", "asymmetric", "hamming"] = Field(
+        "auto",
+        description="binary only; auto: asymmetric (float query against bits) where this project scans, "
+        "hamming where an index answers",
+    )
 
 
 class Search(Section):
@@ -187,6 +200,9 @@ class Evaluate(Section):
     queries: Word | None = Field(None, description="_id, text; null: 500 seeded corpus rows")
     qrels: Word | None = Field(None, description="query_id, corpus_id, score")
     k: int = Field(10, ge=1)
+    shortlists: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (50, 200, 1_000), description="lengths that the sweep tries with every table, beside max(200, 20 k)"
+    )
     floor: dict[Literal["recall_exact", "recall", "ndcg", "mrr"], Annotated[float, Field(ge=0, le=1)]] = Field(
         {}, description="the least the cascade must reach; a miss is exit 6"
     )

@@ -5,6 +5,7 @@ own files; `write_fragments` brings them to disk before it returns, and nothing 
 """
 
 import hashlib
+import io
 import json
 import os
 import socket
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import lance
+import numpy as np
 import pyarrow as pa
 from filelock import FileLock, Timeout
 from lance.fragment import FragmentMetadata, write_fragments as lance_write_fragments
@@ -89,6 +91,13 @@ def read_json(path: Path) -> Any | None:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
+
+
+def npy(array: Any) -> bytes:
+    """A NumPy array as the bytes of an .npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
 
 
 def sha256(path: Path) -> str:

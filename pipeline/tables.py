@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import DamageError
-from pipeline.transform import Transform
+from pipeline.transform import Transform, digest
 from pipeline.vectors import Codec, Matrix, Precision, code_dtype, code_width
 
 FORMAT = 1
@@ -79,14 +79,35 @@ class Parent:
 
 
 @dataclass(frozen=True)
-class Fits:
-    """The transform, its name in `parameters` (None for kind none), and a codec per prefix table."""
+class FittedPrefix:
+    """What was learned for one prefix table."""
 
     transform: Transform
-    transform_digest: str | None
-    codecs: Mapping[str, Codec]
-    explained: Sequence[float]
+    codec: Codec
+
+    def rotation(self) -> str | None:
+        """Name of the codec's rotation in `parameters`; None for the identity."""
+        return None if self.codec.rotation is None else digest("rotation", self.codec.rotation)
+
+    def artefacts(self) -> dict[str, tuple[str, Matrix]]:
+        """Kind and matrix of all that has to stand in `parameters`, by digest."""
+        found: dict[str, tuple[str, Matrix]] = {}
+        name, turned = self.transform.digest(), self.rotation()
+        if name is not None:
+            found[name] = (self.transform.kind, self.transform.stacked())
+        if turned is not None and self.codec.rotation is not None:
+            found[turned] = ("rotation", self.codec.rotation)
+        return found
+
+
+@dataclass(frozen=True)
+class Fits:
+    """What was learned for every prefix table; the version and names of `parameters`; figures for the manifest."""
+
+    prefixes: Mapping[str, FittedPrefix]
     parameters_version: int
+    artefacts: Sequence[str]
+    decision: Mapping[str, Any]
 
 
 def documents_schema(

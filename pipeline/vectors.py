@@ -4,14 +4,16 @@ Everything here is a pure function of NumPy arrays; rows are vectors. The order 
 transform, truncate (which includes unit length), encode.
 """
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 Matrix = NDArray[Any]
 Precision = Literal["float32", "float16", "int8", "binary"]
+Scoring = Literal["dot", "asymmetric", "hamming"]
+"""How codes are scored: `dot` for numbers; for binary a float query against bits, or bits against bits."""
 
 MIN_NORM = 1e-12
 """Below this length a vector has no direction (float32 squares underflow near 1e-23)."""
@@ -55,17 +57,21 @@ class Codec:
             return np.packbits(self._rotate(prefix) > 0, axis=-1)
         return prefix.astype(self.kind)
 
-    def scores(self, queries: Matrix, codes: Matrix) -> Matrix:
+    def scores(self, queries: Matrix, codes: Matrix, scoring: Scoring | None = None) -> Matrix:
         """Similarity of unit query prefixes [q, dim] to codes [n, …], float32[q, n], higher is better.
 
-        The dot product; for binary its symmetric stand-in, 1 - 2 * hamming / dim.
+        The dot product. For binary, `asymmetric` (None takes it) is the dot product of the query with the unit vector
+        of signs, `hamming` is 1 - 2 * hamming distance / dim. Equal codes score equal to the last bit.
         """
         if self.kind == "int8":
             assert self.scale is not None
             return (queries * self.scale) @ codes.astype(np.float32).T
         if self.kind == "binary":
-            signs = self._signs(np.packbits(self._rotate(queries) > 0, axis=-1))
-            return (signs @ self._signs(codes).T) / np.float32(signs.shape[1])
+            signs = _signs(codes)
+            width = np.float32(signs.shape[1])
+            if scoring == "hamming":
+                return np.asarray((_signs(self.encode(queries)) @ signs.T) / width)
+            return np.asarray(_exact_products(self._rotate(queries), signs) / np.sqrt(width))
         return queries @ codes.astype(np.float32).T
 
     def clipped_share(self, prefix: Matrix) -> float:
@@ -77,9 +83,22 @@ class Codec:
     def _rotate(self, prefix: Matrix) -> Matrix:
         return prefix if self.rotation is None else prefix @ self.rotation
 
-    @staticmethod
-    def _signs(codes: Matrix) -> Matrix:
-        return np.unpackbits(codes, axis=1).astype(np.float32) * 2 - 1
+
+def _signs(codes: Matrix) -> Matrix:
+    """Packed bits as -1 and 1, float32[n, dim]."""
+    return np.unpackbits(codes, axis=1).astype(np.float32) * 2 - 1
+
+
+def _exact_products(queries: Matrix, signs: Matrix) -> Matrix:
+    """Dot products with signs, free of rounding whatever the order of summing, so that equal codes tie.
+
+    Queries are rounded to a grid on which every partial sum is a whole number below 2^24 (absolute error per
+    number at most 2^-24 of the row's sum of absolute values).
+    """
+    sums = np.abs(queries).sum(axis=1, keepdims=True)
+    step = np.exp2(np.ceil(np.log2(np.maximum(sums, MIN_NORM))) - 23).astype(np.float32)
+    whole = np.rint(queries / step).astype(np.float32)
+    return np.asarray((whole @ signs.T) * step, dtype=np.float32)
 
 
 def int8_scale(largest: Matrix) -> Matrix:
@@ -91,6 +110,30 @@ def int8_scale(largest: Matrix) -> Matrix:
     step = np.maximum(np.asarray(largest, dtype=np.float64), 1e-6) / 127
     digit = 10.0 ** (np.floor(np.log10(step)) - 3)
     return (np.ceil(step / digit - 1e-9) * digit).astype(np.float32)
+
+
+@dataclass
+class Magnitudes:
+    """Histogram of the absolute values of each dimension of unit rows, over a stream; memory is dim x `BINS` counts."""
+
+    BINS: ClassVar[int] = 4_096
+    dim: int
+    counts: NDArray[np.int64] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Start from nothing."""
+        self.counts = np.zeros((self.dim, self.BINS), np.int64)
+
+    def add(self, rows: Matrix) -> None:
+        """Take in unit rows [n, dim]."""
+        bins = np.minimum((np.abs(rows) * self.BINS).astype(np.int64), self.BINS - 1)
+        bins += np.arange(self.dim) * self.BINS
+        self.counts += np.bincount(bins.ravel(), minlength=self.counts.size).reshape(self.counts.shape)
+
+    def percentile(self, share: float) -> Matrix:
+        """Per dimension, the smallest bin edge that at least `share` of the values do not exceed, float32[dim]."""
+        reached = np.cumsum(self.counts, axis=1) >= share * self.counts.sum(axis=1, keepdims=True)
+        return np.asarray((reached.argmax(axis=1) + 1) / self.BINS, np.float32)
 
 
 def code_width(dim: int, precision: Precision) -> int:

@@ -4,6 +4,7 @@ The stand-in averages one fixed random vector per word, so that its answers can 
 unknown words has length zero; the word `broken` is not a number.
 """
 
+import importlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -28,8 +29,11 @@ DIM = 32
 WORDS = [f"w{number:03d}" for number in range(300)]
 
 
-def save_model(folder: Path, seed: int = 0, dim: int = DIM) -> Path:
-    """A static embedding model of WORDS, written as sentence-transformers files."""
+def save_model(folder: Path, seed: int = 0, dim: int = DIM, falling: bool = False) -> Path:
+    """A static embedding model of WORDS, written as sentence-transformers files.
+
+    `falling`: each dimension weighs less than the one before, as in a model trained for its prefixes.
+    """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
     from tokenizers import Tokenizer
@@ -40,6 +44,8 @@ def save_model(folder: Path, seed: int = 0, dim: int = DIM) -> Path:
     tokenizer = Tokenizer(WordLevel({name: number for number, name in enumerate(names)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
     weights = np.random.default_rng(seed).standard_normal((len(names), dim)).astype(np.float32)
+    if falling:
+        weights *= np.arange(1, dim + 1, dtype=np.float32) ** -1.0
     weights[0], weights[1] = 0, np.nan
     model = SentenceTransformer(
         modules=[StaticEmbedding(tokenizer, embedding_weights=weights), Normalize()], device="cpu"
@@ -105,6 +111,7 @@ def values(tmp_path: Path, corpus_file: Path, model: Path) -> SpecValues:
                 {"dim": 16, "precision": "int8"},
                 {"dim": 16, "precision": "float16"},
             ],
+            "evaluate": {"shortlists": []},
             "workers": {"count": 0},
         }
         for path, value in overrides.items():
@@ -134,6 +141,19 @@ def job_file(values: SpecValues, tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def _quick_ends(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test looks at milliseconds; the page of a run made in this process is made where a test asks for it."""
+    monkeypatch.setattr("pipeline.evaluate.TIMED_QUERIES", 3)
+    if "pages" not in request.fixturenames:
+        monkeypatch.setattr(importlib.import_module("pipeline.run")._Run, "_report", lambda run, generation: None)
+
+
+@pytest.fixture
+def pages() -> None:
+    """Runs in this process make their page too."""
 
 
 @pytest.fixture(autouse=True)

@@ -3,10 +3,14 @@
 import json
 import logging
 import sys
+from pathlib import Path
+from typing import get_args
 
+import polars as pl
 import pytest
 
 from pipeline import cli, run
+from pipeline.run import Stage
 from pipeline.workers import Progress
 
 
@@ -25,17 +29,75 @@ def matryoshka(monkeypatch, capsys):
     return call
 
 
-def test_a_run_tells_what_was_written_found_and_what_is_next(matryoshka, job_file):
+def test_a_run_tells_what_was_written_found_and_what_is_next(matryoshka, job_file, pages):
     job = job_file(search={"examples": ["w001 w002"]})
     code, out, err = matryoshka("run", job)
     assert code == 0
     assert "120 rows in, 0 quarantined" in out
     assert "lancedb/prefix_16_int8.lance" in out
     assert "recall_exact @10" in out
+    assert "plain prefixes: unsure, 120 rows are too few to tell" in out
+    assert "transform: pca; 60 rows are too few to train an adaptor" in out
+    assert f"The page of this run: {spec_root(job)}/report.html" in out
     assert "w001 w002\n   1  0." in out
     assert f"search {job}" in out
     assert "embed shard=0000000 rows=120 " in err
-    assert all(f"{stage} done seconds=" in err for stage in ("corpus", "embed", "fit", "derive", "index", "evaluate"))
+    assert all(f"{stage} done seconds=" in err for stage in get_args(Stage))
+
+
+def spec_root(job):
+    return json.loads(job.read_text())["root"]
+
+
+def test_a_report_is_made_by_a_run_and_again_when_asked(matryoshka, job_file, pages):
+    job = job_file()
+    assert matryoshka("run", job)[0] == 0
+    page = Path(spec_root(job)) / "report.html"
+    before = page.read_bytes()
+    page.write_text("old")
+    assert matryoshka("run", job)[0] == 0
+    assert page.read_text() == "old"  # this generation has its page already
+    code, out, _ = matryoshka("report", spec_root(job), "--json")
+    assert (code, json.loads(out)) == (0, {"report": str(page)})
+    assert page.read_bytes() == before
+
+
+def test_a_plan_spends_nothing(matryoshka, job_file):
+    job = job_file()
+    code, out, _ = matryoshka("plan", job, "--price", "2", "--json")
+    assert code == 0
+    figures = {figure["name"]: figure for figure in json.loads(out)["figures"]}
+    assert figures["rows"]["value"] == 120
+    assert figures["bytes.prefix_16_int8"]["origin"] == "estimated"
+    assert figures["cost"]["unit"] == "money"
+    assert not Path(spec_root(job)).exists()
+    code, out, _ = matryoshka("plan", job)
+    assert code == 0
+    assert "advice:" in out
+    code, _, err = matryoshka("plan", job, "--price", "-1")
+    assert (code, "price: -1.0 per machine-hour" in err) == (2, True)
+
+
+def test_a_query_log_grows_by_dated_rows(matryoshka, job_file, tmp_path):
+    job = job_file()
+    asked = tmp_path / "asked.csv"
+    asked.write_text("_id,text\n1,w001 w002\n2,w003\n")
+    code, _, err = matryoshka("evaluate", job, "--queries", asked)
+    assert (code, "holds no finished generation" in err) == (4, True)
+    assert matryoshka("run", job)[0] == 0
+    before = (Path(spec_root(job)) / "manifest.json").read_bytes()
+    code, out, _ = matryoshka("evaluate", job, "--queries", asked, "--json")
+    first = json.loads(out)
+    assert (code, first["queries"], first["generation"], first["cascade"]) == (0, 2, 1, "prefix_8_binary 200")
+    assert first["recall_exact_low"] <= first["recall_exact"] <= first["recall_exact_high"] <= 1
+    code, out, _ = matryoshka("evaluate", job, "--queries", asked)
+    assert len(out.splitlines()) == 3  # a heading and two rows
+    log = pl.read_parquet(Path(spec_root(job)) / "query_log.parquet")
+    assert log["measured_at"].is_sorted()
+    assert len(log) == 2
+    assert (Path(spec_root(job)) / "manifest.json").read_bytes() == before
+    code, _, err = matryoshka("evaluate", job, "--queries", tmp_path / "none.csv")
+    assert (code, "--queries: there is no file" in err) == (2, True)
 
 
 def test_json_results_are_json(matryoshka, job_file):

@@ -7,14 +7,18 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "pipeline"
 LEVELS = [
-    {"errors", "vectors"},
-    {"transform", "filters"},
+    {"errors", "vectors", "metrics", "template"},
+    {"rotation", "filters", "plots"},
+    {"transform", "html"},
+    {"probe", "adaptor"},
     {"spec", "store", "docstrings", "tables", "ids"},
     {"sources", "ledger", "encoders", "workers"},
-    {"rows"},
+    {"rows", "queries"},
     {"embedder", "levels"},
     {"corpus", "embed", "fit", "derive", "index", "search"},
-    {"evaluate"},
+    {"evaluate", "sample"},
+    {"querylog", "figures"},
+    {"plan", "report"},
     {"run"},
     {"cli"},
 ]
@@ -23,7 +27,7 @@ ALLOWED = {
     "ray": {"workers"},
     "lancedb": {"index", "search", "store"},
     "lance": {"index", "search", "store"},
-    "torch": {"encoders"},
+    "torch": {"encoders", "adaptor"},
     "sentence_transformers": {"encoders"},
     "transformers": {"encoders"},
     "huggingface_hub": {"encoders"},

@@ -39,7 +39,7 @@ def call(command, folder):
 
 
 def test_the_demo_and_the_commands_after_it(checkout):
-    assert len(DEMO) == 9
+    assert len(DEMO) == 12
     shown = {}
     for command in DEMO:
         done = call(command, checkout)

@@ -10,7 +10,7 @@ from pipeline import open_index, run
 from pipeline.errors import DamageError, DataError, QueryError
 from pipeline.spec import JobSpec
 from pipeline.tables import vector_matrix
-from pipeline.vectors import Codec, truncate, unit
+from pipeline.vectors import truncate, unit
 from tests.conftest import DIM, corpus_frame
 
 CASCADE = [("prefix_8_binary", 80), ("prefix_16_int8", 30)]
@@ -218,4 +218,6 @@ def test_codec_of_a_table_comes_from_its_metadata(index):
     view = index.views["prefix_16_int8"]
     assert view.codec.scale is not None
     assert view.codec.scale.shape == (16,)
-    assert index.views["prefix_8_binary"].codec == Codec("binary")
+    bits = index.views["prefix_8_binary"].codec
+    assert bits.kind == "binary"
+    assert bits.rotation.shape == (8, 8)

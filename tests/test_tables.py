@@ -75,11 +75,11 @@ def test_metadata(written):
     assert prefix["codec"]["kind"] == "int8"
     assert len(prefix["codec"]["scale"]) == 16
     assert metadata(root, "prefix_8_binary")["metric"] == "hamming"
-    assert metadata(root, "prefix_8_binary")["codec"] == {"kind": "binary", "rotation": None}
+    rotation = metadata(root, "prefix_8_binary")["codec"]["rotation"]
     assert prefix["parent"] == "documents"
     stored = lance.dataset(str(root / "lancedb" / "parameters.lance")).to_table().to_pylist()
-    assert [row["digest"] for row in stored] == [prefix["transform"]["parameters"]]
-    assert (stored[0]["rows"], stored[0]["cols"]) == (DIM + 1, DIM)
+    shapes = {row["digest"]: (row["kind"], row["rows"], row["cols"]) for row in stored}
+    assert shapes == {prefix["transform"]["parameters"]: ("pca", DIM + 1, DIM), rotation: ("rotation", 8, 8)}
 
 
 def test_prefixes_follow_from_documents_by_the_documented_formula(written):
@@ -87,15 +87,19 @@ def test_prefixes_follow_from_documents_by_the_documented_formula(written):
     tables = {path.stem: lance.dataset(str(path)) for path in (root / "lancedb").glob("*.lance")}
     full = held_vectors(tables["documents"]).astype(np.float32)
     assert np.abs(np.linalg.norm(full, axis=1) - 1).max() < 1e-3
-    stored = tables["parameters"].to_table().to_pylist()[0]
-    values = np.array(stored["values"], np.float32).reshape(stored["rows"], stored["cols"])
+    fitted = {
+        row["digest"]: np.array(row["values"], np.float32).reshape(row["rows"], row["cols"])
+        for row in tables["parameters"].to_table().to_pylist()
+    }
+    values = fitted[metadata(root, "prefix_16_int8")["transform"]["parameters"]]
     prefix = ((full - values[0]) @ values[1:])[:, :16]
     prefix /= np.linalg.norm(prefix, axis=1, keepdims=True)
     scale = np.array(metadata(root, "prefix_16_int8")["codec"]["scale"], np.float32)
+    rotation = fitted[metadata(root, "prefix_8_binary")["codec"]["rotation"]]
     wanted = {
         "prefix_16_float16": prefix.astype(np.float16),
         "prefix_16_int8": np.clip(np.rint(prefix / scale), -127, 127),
-        "prefix_8_binary": np.packbits(prefix[:, :8] > 0, axis=-1),
+        "prefix_8_binary": np.packbits(prefix[:, :8] @ rotation > 0, axis=-1),
     }
     for name, codes in wanted.items():
         assert np.mean(held_vectors(tables[name]) == codes) > 0.99, name  # NumPy and BLAS may round a last bit apart

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pipeline.vectors import Codec, bytes_per_row, int8_scale, top, truncate, unit
+from pipeline.vectors import Codec, Magnitudes, bytes_per_row, int8_scale, top, truncate, unit
 
 finite = st.floats(-1e3, 1e3, width=32)
 
@@ -52,14 +52,83 @@ def test_binary_score_is_one_minus_two_hamming_over_dim(vectors):
     codec = Codec("binary")
     bits = vectors > 0
     hamming = (bits[:, None] != bits[None]).sum(axis=2)
-    assert np.allclose(codec.scores(vectors, codec.encode(vectors)), 1 - 2 * hamming / vectors.shape[1])
+    assert np.allclose(codec.scores(vectors, codec.encode(vectors), "hamming"), 1 - 2 * hamming / vectors.shape[1])
 
 
 def test_a_rotation_is_applied_to_queries_and_rows():
     swap = np.eye(8, dtype=np.float32)[::-1]
     row = np.array([[1, -1, -1, -1, -1, -1, -1, -1]], np.float32)
     assert Codec("binary", rotation=swap).encode(row).tolist() == [[1]]
-    assert Codec("binary", rotation=swap).scores(row, np.array([[1]], np.uint8)).tolist() == [[1.0]]
+    assert Codec("binary", rotation=swap).scores(row, np.array([[1]], np.uint8), "hamming").tolist() == [[1.0]]
+    assert Codec("binary", rotation=swap).scores(unit(row), np.array([[1]], np.uint8)) == pytest.approx(1.0)
+
+
+@given(st.sampled_from([8, 16, 24]).flatmap(lambda dim: st.tuples(st.just(dim), st.integers(0, 10**6))))
+def test_asymmetric_score_is_the_dot_product_with_unit_signs_and_equal_codes_tie(drawn):
+    dim, seed = drawn
+    rng = np.random.default_rng(seed)
+    queries, rows = unit(rng.standard_normal((3, dim))), unit(rng.standard_normal((40, dim)))
+    codec = Codec("binary", rotation=np.linalg.qr(rng.standard_normal((dim, dim)))[0].astype(np.float32))
+    codes = codec.encode(rows)
+    signs = np.where(rows @ codec.rotation > 0, 1, -1) / dim**0.5
+    scores = codec.scores(queries, codes)
+    assert np.allclose(scores, (queries @ codec.rotation) @ signs.T, atol=1e-5)
+    twice = codec.scores(queries, np.vstack([codes, codes[:1], codes]))
+    assert (twice[:, :40] == twice[:, 41:]).all()
+    assert (twice[:, 40] == twice[:, 0]).all()
+
+
+@given(matrices(st.sampled_from([8, 16])))
+def test_scores_of_any_finite_query_are_finite(vectors):
+    codes = Codec("binary").encode(vectors)
+    for scoring in ("asymmetric", "hamming"):
+        assert np.isfinite(Codec("binary").scores(vectors, codes, scoring)).all()
+
+
+def test_a_zero_query_scores_nothing_asymmetrically():
+    assert Codec("binary").scores(np.zeros((1, 8), np.float32), np.array([[255], [0]], np.uint8)).tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize("dim", [1, 7, 9, 12])
+def test_bits_need_whole_bytes(dim):
+    """packbits would pad with zeros, and hamming would count them as signs."""
+    from pipeline.errors import SpecError
+    from pipeline.spec import JobSpec
+
+    values = {"name": "x", "root": "r", "corpus": {"source": "a.csv", "text": "t"}, "model": {"name": "m"}}
+    with pytest.raises(SpecError, match=f"dim must be a multiple of 8, not {dim}"):
+        JobSpec.of(values | {"prefixes": [{"dim": dim, "precision": "binary"}]})
+
+
+@given(st.integers(0, 10**6), st.integers(1, 9))
+def test_a_percentile_is_the_smallest_bin_edge_that_holds_its_share(seed, parts):
+    rows = unit(np.random.default_rng(seed).standard_normal((90, 5)) * [4, 1, 1, 0.1, 0])
+    magnitudes = Magnitudes(5)
+    for part in np.array_split(rows, parts):
+        magnitudes.add(part)
+    edge, step = magnitudes.percentile(0.9), 1 / Magnitudes.BINS
+    assert ((np.abs(rows) <= edge + 1e-6).mean(axis=0) >= 0.9).all()
+    assert ((np.abs(rows) <= edge - step - 1e-6).mean(axis=0)[:4] < 0.9).all()
+
+
+def test_int8_clips_what_lies_beyond_its_scale_and_counts_it():
+    codec = Codec("int8", scale=int8_scale(np.array([0.5, 0.5])))
+    rows = np.array([[0.5, -0.5], [1.0, 0.1], [-1.0, 0.0], [0.25, 0.0]], np.float32)
+    assert codec.encode(rows)[:, 0].tolist() == [127, 127, -127, 63]
+    assert codec.clipped_share(rows) == 2 / 8
+
+
+@given(matrices())
+def test_float16_rounds_to_eleven_bits_and_never_overflows_a_unit_row(vectors):
+    rows = unit(vectors)
+    codes = Codec("float16").encode(rows)
+    assert np.isfinite(codes).all()
+    assert (np.abs(codes.astype(np.float32) - rows) <= np.maximum(np.abs(rows) * 2**-11, 2**-25)).all()
+
+
+def test_float16_keeps_numbers_down_to_its_smallest_and_then_nothing():
+    codes = Codec("float16").encode(np.array([[2.0**-24, 2.0**-26, -(2.0**-24)]], np.float32))
+    assert codes.tolist() == [[2.0**-24, 0.0, -(2.0**-24)]]
 
 
 @given(matrices())
