@@ -267,9 +267,16 @@ def _explain(steps: list[dict[str, Any]], as_json: bool) -> None:
         for step in steps:
             sys.stdout.write(json.dumps(step) + "\n")
         return
-    table = Table("table", "engine", "rows", "bytes", "shortlist", "ms", "note", box=None)
+    table = Table("table", "engine", "scoring", "rows", "bytes", "shortlist", "ms", "note", box=None)
     for step in steps:
-        cells = [step["table"], step["engine"], f"{step['rows']:,}", f"{step['bytes']:,}", str(step["shortlist"])]
+        cells = [
+            step["table"],
+            step["engine"],
+            step["scoring"],
+            f"{step['rows']:,}",
+            f"{step['bytes']:,}",
+            str(step["shortlist"]),
+        ]
         table.add_row(*cells, f"{step['milliseconds']:.2f}", step["note"])
     out.print(table)
 

@@ -3,7 +3,7 @@
 import numpy as np
 from hypothesis import given, strategies as st
 
-from pipeline.transform import Moments, Transform, digest, pca
+from pipeline.transform import Moments, Transform, digest, order, pca
 
 
 def moments_of(*batches):
@@ -54,3 +54,23 @@ def test_a_stored_transform_comes_back_and_its_name_is_its_content():
     assert np.array_equal(back.mean, transform.mean)
     assert np.array_equal(back.matrix, transform.matrix)
     assert digest("pca", back.stacked()) == digest("pca", transform.stacked()) != digest("pca", transform.stacked() + 1)
+
+
+def test_order_puts_the_dimensions_that_carry_the_whole_first_and_turns_nothing():
+    rows = np.random.default_rng(0).standard_normal((400, 4)) * [0.1, 3, 0.5, 2]
+    transform = order(moments_of(rows + 7))  # what all rows share tells them apart no better
+    assert transform.matrix.argmax(axis=0).tolist() == [1, 3, 2, 0]
+    assert transform.apply(np.array([[10, 20, 30, 40]])).tolist() == [[20, 40, 30, 10]]
+
+
+def test_order_takes_a_new_dimension_before_a_copy_of_one_it_has():
+    base = np.random.default_rng(0).standard_normal((400, 2)) * [3, 2.9]
+    assert order(moments_of(base[:, [0, 0, 1]])).matrix.argmax(axis=0).tolist() == [0, 2, 1]
+
+
+@given(st.integers(0, 50))
+def test_moments_without_some_rows_are_those_of_the_rest(seed):
+    rows = np.random.default_rng(seed).standard_normal((30, 3))
+    left = moments_of(rows).without(rows[20:])
+    assert np.allclose(left.covariance(), np.cov(rows[:20].T, bias=True))
+    assert np.allclose(left.mean(), rows[:20].mean(axis=0))
