@@ -144,7 +144,7 @@ def _questions(settings: Evaluate, index: Index, seed: int, root: Path) -> Quest
         return _from_corpus(index, seed)
     asked = files.read_queries(settings.queries)
     texts = asked["text"].to_list()
-    vectors = files.embedded(settings.queries, texts, index.documents.info, root, index.embed)
+    vectors = files.embedded(f"evaluate.queries: {settings.queries}", texts, index.documents.info, root, index.embed)
     qrels = files.read_qrels(settings.qrels) if settings.qrels else None
     return Questions(asked["_id"].to_list(), texts, vectors, None, qrels)
 

@@ -112,9 +112,12 @@ def read_qrels(path: str) -> dict[str, dict[str, int]]:
 
 
 def embedded(
-    path: str, texts: Sequence[str], info: TableInfo, root: Path, encode: Callable[[Sequence[str]], Matrix]
+    where: str, texts: Sequence[str], info: TableInfo, root: Path, encode: Callable[[Sequence[str]], Matrix]
 ) -> Matrix:
-    """Vectors of a file's queries, float32[n, full_dim]; embedded once per text, model and prompt."""
+    """Vectors of a file's queries, float32[n, full_dim], embedded once per text, model and prompt.
+
+    `where` names the file in a DataError.
+    """
     basis = [info.model_digest, info.max_tokens, info.prompts["query"], *texts]
     key = hashlib.sha256(store.to_json(basis)).hexdigest()[:32]
     file = Ledger(root, "queries").file(f"{key}.npy")
@@ -123,6 +126,6 @@ def embedded(
     try:
         vectors = encode(texts)
     except QueryError as error:
-        raise DataError(f"{path}: {error}") from None
+        raise DataError(f"{where}: {error}") from None
     store.write(file, store.npy(vectors))
     return vectors

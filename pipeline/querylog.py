@@ -39,7 +39,7 @@ def run(path: str, index: Index, k: int, seed: int, root: Path) -> pl.DataFrame:
     The caller holds the root's lock. SpecError or DataError for a file that cannot be used.
     """
     texts = queries.read_queries(path, "--queries")["text"].to_list()
-    vectors = queries.embedded(path, texts, index.documents.info, root, index.embed)
+    vectors = queries.embedded(f"--queries: {path}", texts, index.documents.info, root, index.embed)
     cascade = tuple(index.cascade(k))
     found, _ = index.rank(vectors, k, None, cascade)
     truth, _ = index.rank(vectors, k, None, [])

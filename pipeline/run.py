@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 import polars as pl
 
-from pipeline import corpus, derive, embed, evaluate, fit, index, ledger, plan, probe, queries, report, store
+from pipeline import corpus, derive, embed, evaluate, fit, index, ledger, plan, queries, report, store
 from pipeline.embedder import COUNTERS
 from pipeline.encoders import models
 from pipeline.encoders.queries import QueryEncoder
@@ -148,12 +148,12 @@ class _Run:
             shown.add(name, {})
 
     def _probe_queries(self, info: TableInfo) -> Any:
-        """Vectors of the evaluation's first queries, where there are any."""
+        """Vectors of the evaluation's queries, where there are any."""
         path = self.spec.evaluate.queries
         if path is None:
             return None
-        texts = queries.read_queries(path)["text"].to_list()[: probe.ANCHORS]
-        return queries.embedded(path, texts, info, self.root, QueryEncoder(info))
+        texts = queries.read_queries(path)["text"].to_list()
+        return queries.embedded(f"evaluate.queries: {path}", texts, info, self.root, QueryEncoder(info))
 
     def _corpus_fields(self, scan: corpus.Scan) -> dict[str, Any]:
         """The corpus' part of the fingerprint."""
