@@ -42,7 +42,7 @@ from pipeline.spec import JobSpec
 from pipeline.transform import Moments, pca
 from pipeline.vectors import Matrix
 
-EMBED_SECONDS = 20.0
+EMBED_SECONDS = 10.0
 """After the first 256 rows, embedding stops about here."""
 FIRST_ROWS = probe.MIN_ROWS
 QUERIES = 200

@@ -299,7 +299,7 @@ def test_a_plan_repeats_itself_except_for_the_clock(spec, corpus_file):
     timed = ("rows_per_second", "tokens_per_second", "embed_seconds", "machine_hours", "bytes.documents", "bytes")
     kept = [[one for one in made.figures if one.name not in timed] for made in (first, second)]
     assert kept[0] == kept[1]
-    assert first["bytes.documents"] == pytest.approx(second["bytes.documents"], rel=0.02)
+    assert first["bytes.documents"] == pytest.approx(second["bytes.documents"], rel=0.1)
     assert (first.histogram, first.verdict, first.advice) == (second.histogram, second.verdict, second.advice)
     assert json.loads(json.dumps(first.to_json()))["verdict"]["rows"] == 1_000
 

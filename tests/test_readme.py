@@ -1,5 +1,6 @@
 """Every command and program in the README does what it says."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -42,7 +43,7 @@ def test_the_demo_and_the_commands_after_it(checkout):
     assert len(DEMO) == 12
     shown = {}
     for command in DEMO:
-        done = call(command, checkout)
+        done = call(f"{command} --json" if " plan " in command else command, checkout)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         shown[command] = done.stdout
     demo = shown["make embed"]
@@ -52,6 +53,11 @@ def test_the_demo_and_the_commands_after_it(checkout):
     assert "rows in, 0 quarantined" in demo
     assert all(f"prefix_{name}.lance" in demo for name in ("64_binary", "128_int8", "256_float16"))
     assert '"module": "datetime"' in shown[next(one for one in DEMO if "--where" in one)]
+    planned = {one["name"]: one["value"] for one in json.loads(shown[next(c for c in DEMO if " plan " in c)])["figures"]}
+    tables = json.loads((checkout / "output" / "demo" / "manifest.json").read_text())["tables"]
+    assert planned["rows"] == tables["documents"]["rows"]
+    for name in ("documents", "parameters", "prefix_64_binary", "prefix_128_int8", "prefix_256_float16"):
+        assert planned[f"bytes.{name}"] == pytest.approx(tables[name]["bytes"], rel=0.25), name
     assert "prefix_32_int8" in shown[next(one for one in DEMO if "prefixes.3=" in one)]
 
 
