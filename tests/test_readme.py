@@ -53,7 +53,8 @@ def test_the_demo_and_the_commands_after_it(checkout):
     assert "rows in, 0 quarantined" in demo
     assert all(f"prefix_{name}.lance" in demo for name in ("64_binary", "128_int8", "256_float16"))
     assert '"module": "datetime"' in shown[next(one for one in DEMO if "--where" in one)]
-    planned = {one["name"]: one["value"] for one in json.loads(shown[next(c for c in DEMO if " plan " in c)])["figures"]}
+    plan = json.loads(shown[next(one for one in DEMO if " plan " in one)])
+    planned = {one["name"]: one["value"] for one in plan["figures"]}
     tables = json.loads((checkout / "output" / "demo" / "manifest.json").read_text())["tables"]
     assert planned["rows"] == tables["documents"]["rows"]
     for name in ("documents", "parameters", "prefix_64_binary", "prefix_128_int8", "prefix_256_float16"):
