@@ -36,6 +36,26 @@ def test_itq_brings_rows_nearer_to_their_signs_than_a_random_rotation(seed):
     assert quantization_error(rows, rotation.itq(rows, seed)) < quantization_error(rows, rotation.random(16, seed))
 
 
+def test_each_round_of_itq_lowers_its_loss(monkeypatch):
+    rows, losses = prefixes(0), []
+    for rounds in (0, 1, 3, 10, 50):
+        monkeypatch.setattr(rotation, "ITQ_STEPS", rounds)
+        losses.append(quantization_error(rows, rotation.itq(rows, 0)))
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_whitening_evens_out_strong_and_weak_axes_and_itq_does_not():
+    rows = prefixes(0)
+
+    def spread(turned):
+        variances = np.linalg.eigvalsh(np.cov(turned.T))
+        return variances[-1] / variances[0]
+
+    assert spread(rows @ rotation.itq(rows, 0)) == pytest.approx(spread(rows), rel=1e-3)
+    assert spread(rows @ rotation.whitened_itq(rows, 0)) == pytest.approx(spread(rows) ** 0.5, rel=1e-2)
+
+
 def neighbours_kept(rows, codec):
     codes = codec.encode(rows)
     full, found = rows @ rows.T, codec.scores(rows, codes, "hamming")

@@ -10,6 +10,7 @@ from pipeline import open_index, run
 from pipeline.errors import DamageError, DataError, QueryError
 from pipeline.spec import JobSpec
 from pipeline.tables import vector_matrix
+from pipeline.transform import Transform
 from pipeline.vectors import truncate, unit
 from tests.conftest import DIM, corpus_frame
 
@@ -221,3 +222,15 @@ def test_codec_of_a_table_comes_from_its_metadata(index):
     bits = index.views["prefix_8_binary"].codec
     assert bits.kind == "binary"
     assert bits.rotation.shape == (8, 8)
+
+
+def test_scores_of_codes_alone_are_cosines_of_prefixes(index):
+    """The query is cut, brought back to length 1 and turned as the rows were."""
+    query = unit(np.random.default_rng(0).standard_normal((1, DIM)))
+    for table in ("prefix_16_float16", "prefix_16_int8"):
+        view = index.views[table]
+        hits, _ = index.rank(query, 5, None, [(table, 5)], rescore=False)
+        documents = vector_matrix(index.documents.table.to_table(columns=["vector"]).column("vector"))
+        transform = Transform.unstacked("pca", index._matrices[view.info.transform["parameters"]])
+        wanted = truncate(transform.apply(query), 16) @ truncate(transform.apply(documents), 16).T
+        assert np.allclose(hits.scores[0], np.sort(wanted[0])[::-1][:5], atol=0.02)

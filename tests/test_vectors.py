@@ -78,6 +78,16 @@ def test_asymmetric_score_is_the_dot_product_with_unit_signs_and_equal_codes_tie
     assert (twice[:, 40] == twice[:, 0]).all()
 
 
+@given(st.integers(0, 10**6))
+def test_asymmetric_scores_do_not_depend_on_the_order_of_summing(seed):
+    rng = np.random.default_rng(seed)
+    queries, bits = unit(rng.standard_normal((2, 256))), rng.integers(0, 2, (5, 256)).astype(np.uint8)
+    order = rng.permutation(256)
+    plain = Codec("binary").scores(queries, np.packbits(bits, axis=1))
+    turned = Codec("binary").scores(queries[:, order], np.packbits(bits[:, order], axis=1))
+    assert (plain == turned).all()
+
+
 @given(matrices(st.sampled_from([8, 16])))
 def test_scores_of_any_finite_query_are_finite(vectors):
     codes = Codec("binary").encode(vectors)
@@ -113,9 +123,10 @@ def test_a_percentile_is_the_smallest_bin_edge_that_holds_its_share(seed, parts)
 
 def test_int8_clips_what_lies_beyond_its_scale_and_counts_it():
     codec = Codec("int8", scale=int8_scale(np.array([0.5, 0.5])))
-    rows = np.array([[0.5, -0.5], [1.0, 0.1], [-1.0, 0.0], [0.25, 0.0]], np.float32)
-    assert codec.encode(rows)[:, 0].tolist() == [127, 127, -127, 63]
-    assert codec.clipped_share(rows) == 2 / 8
+    step = float(codec.scale[0])
+    rows = np.array([[0.5, -0.5], [1.0, 0.1], [-1.0, 0.0], [0.25, 0.0], [128 * step, 127.4 * step]], np.float32)
+    assert codec.encode(rows)[:, 0].tolist() == [127, 127, -127, 63, 127]
+    assert codec.clipped_share(rows) == 3 / 10
 
 
 @given(matrices())
