@@ -9,7 +9,7 @@ import numpy as np
 from pipeline.vectors import Matrix, unit
 
 ITQ_STEPS = 50
-WHITENING = 0.5
+WHITENING = 0.25
 
 
 def random(dim: int, seed: int) -> Matrix:
@@ -36,8 +36,8 @@ def whitened_itq(prefixes: Matrix, seed: int) -> Matrix:
     """ITQ after soft whitening: principal axes divided by variance ** (`WHITENING` / 2), then turned.
 
     Strong axes would otherwise decide most signs, and bits repeat one another. Not orthogonal, but one d x d matrix
-    like the others. On 118,689 abstracts, 128 bits by hamming and a shortlist of 200, rescored, keep
-    98 % of nDCG@10 where plain ITQ keeps 96 % (measured).
+    like the others. Measured by hamming with a shortlist of 200, rescored, 5,000 titles against 118,689 abstracts: 64
+    bits keep 84.8 % of nDCG@10 and 128 bits 97.0 %, where ITQ alone keeps 82.7 % and 96.3 %.
     """
     variances, axes = np.linalg.eigh(np.cov(prefixes.T.astype(np.float64)))
     variances = np.maximum(variances, variances.max() * 1e-6) if variances.max() > 0 else np.ones_like(variances)

@@ -53,7 +53,9 @@ def test_whitening_evens_out_strong_and_weak_axes_and_itq_does_not():
         return variances[-1] / variances[0]
 
     assert spread(rows @ rotation.itq(rows, 0)) == pytest.approx(spread(rows), rel=1e-3)
-    assert spread(rows @ rotation.whitened_itq(rows, 0)) == pytest.approx(spread(rows) ** 0.5, rel=1e-2)
+    assert spread(rows @ rotation.whitened_itq(rows, 0)) == pytest.approx(
+        spread(rows) ** (1 - rotation.WHITENING), rel=1e-2
+    )
 
 
 def neighbours_kept(rows, codec):
