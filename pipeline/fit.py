@@ -101,7 +101,7 @@ class _Sample:
         """Some rows of the sample, unit float32[n, D], by ascending position."""
         offsets = positions if self._chosen is None else self._chosen[positions]
         blocks = [self._taken(offsets[at : at + BATCH_ROWS]) for at in range(0, len(offsets), BATCH_ROWS)]
-        return np.concatenate(blocks)
+        return np.concatenate([np.zeros((0, self.parent.info.full_dim), np.float32), *blocks])
 
     def some(self, count: int, leave_out: NDArray[np.int64] | None = None) -> Matrix:
         """At most `count` seeded rows, none of those left out."""

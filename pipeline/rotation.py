@@ -39,7 +39,7 @@ def whitened_itq(prefixes: Matrix, seed: int) -> Matrix:
     like the others. Measured by hamming with a shortlist of 200, rescored, 5,000 titles against 118,689 abstracts: 64
     bits keep 84.8 % of nDCG@10 and 128 bits 97.0 %, where ITQ alone keeps 82.7 % and 96.3 %.
     """
-    variances, axes = np.linalg.eigh(np.cov(prefixes.T.astype(np.float64)))
+    variances, axes = np.linalg.eigh(np.cov(prefixes.T.astype(np.float64), bias=True))
     variances = np.maximum(variances, variances.max() * 1e-6) if variances.max() > 0 else np.ones_like(variances)
     whitening = np.asarray(axes * (variances / variances.max()) ** (-WHITENING / 2), np.float32)
     return whitening @ itq(unit(prefixes @ whitening), seed)

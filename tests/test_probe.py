@@ -8,6 +8,7 @@ import pytest
 
 from pipeline import probe, run
 from pipeline.errors import SpecError
+from pipeline.spec import JobSpec
 from pipeline.transform import Moments, Transform, pca, random_rotation
 from pipeline.vectors import unit
 from tests.conftest import corpus_frame, save_model
@@ -85,8 +86,6 @@ def many(values, tmp_path):
     """A spec over 600 rows, so that the probe has enough to tell."""
 
     def make(**overrides):
-        from pipeline.spec import JobSpec
-
         corpus_frame(600).write_parquet(tmp_path / "many.parquet")
         return JobSpec.of(values(corpus__source=str(tmp_path / "many.parquet"), **overrides))
 
@@ -137,3 +136,19 @@ def test_queries_are_probed_too(many, tmp_path):
     generation = run(many(evaluate={"queries": str(tmp_path / "queries.parquet")}))
     assert generation["transform"]["verdict"]["queries"] == 30
     assert {one["of"] for one in generation["transform"]["kept"]} == {"rows", "queries"}
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_handful_of_rows_is_fitted_too(values, tmp_path, rows):
+    corpus_frame(rows).write_parquet(tmp_path / "few.parquet")
+    generation = run(JobSpec.of(values(corpus__source=str(tmp_path / "few.parquet"))))
+    assert generation["transform"]["verdict"]["says"] == "unsure"
+    assert generation["tables"]["prefix_8_binary"]["rows"] == rows
+
+
+@pytest.mark.parametrize("kind", ["order", "adaptor", "pca"])
+def test_every_kind_of_transform_can_be_asked_for(many, kind):
+    """344 rows are too few for an adaptor; a sample smaller than the corpus is taken by seed."""
+    generation = run(many(transform={"kind": kind, "sample_rows": 500}))
+    assert generation["transform"]["kind"] == {"adaptor": "pca"}.get(kind, kind)
+    assert generation["transform"]["sample_rows"] == 500
