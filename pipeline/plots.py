@@ -338,8 +338,8 @@ def _dash(known: Sequence[str]) -> alt.StrokeDash:
 
 
 def _legend(known: Sequence[str]) -> alt.Legend:
-    """Two columns where both go beside each other on a phone."""
-    return alt.Legend(title=None, columns=2 if max(map(len, known), default=0) <= 18 else 1)
+    """Two columns where both go beside each other on a phone of 360 pixels, whatever its font."""
+    return alt.Legend(title=None, columns=2 if max(map(len, known), default=0) <= 14 else 1)
 
 
 def _level(value: float) -> Any:
