@@ -1,39 +1,40 @@
 """The command `matryoshka`. Results go to stdout, progress and logs to stderr; the only module that prints."""
 
-import base64
 import errno
 import json
 import logging
-import os
-import shutil
 import signal
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import polars as pl
 import typer
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import BarColumn, Progress as Bars, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from pipeline import corpus, ledger, plan, querylog, report, store
 from pipeline.errors import PipelineError, SpecError, StaleError
-from pipeline.figures import Plan
 from pipeline.run import Stage, check, run as run_job
 from pipeline.search import Index, Level, open_index
 from pipeline.spec import JobSpec
-from pipeline.workers import Progress
+from pipeline.terminal import (
+    configure_logging,
+    err,
+    json_value,
+    me,
+    out,
+    plain,
+    print_evaluation,
+    print_hits,
+    print_log,
+    print_plan,
+    print_steps,
+    watched,
+)
 
 log = logging.getLogger(__name__)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
-err = Console(stderr=True, highlight=False)
 
 Job = Annotated[str, typer.Argument(help="path to a job spec")]
 JobOrRoot = Annotated[str, typer.Argument(help="path to a job spec, or a finished root")]
@@ -43,8 +44,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 UsageError: Any = typer.BadParameter.__base__
 """A call that does not parse; typer has it from click, or from a copy of its own."""
 WARN_SCAN_ROWS = 1_000_000
-PLAIN_SECONDS = 10.0
-"""Between two progress lines where stderr is no terminal."""
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}
 
 
@@ -60,7 +59,7 @@ def main() -> NoReturn:
         app(standalone_mode=False)
     except UsageError as error:
         message = error.format_message().replace("Value error, ", "").replace("Input should", "must").rstrip(".")
-        sys.exit(_fail(f"{message}; see {_me()} --help", 2))
+        sys.exit(_fail(f"{message}; see {me()} --help", 2))
     except PipelineError as error:
         sys.exit(_fail(str(error), error.exit_code))
     except (Stopped, SystemError) as error:  # Ray's wait may wrap what a signal raised in it
@@ -81,14 +80,8 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _fail(sentence: str, code: int) -> int:
-    err.print(f"[bold red]error:[/] {_plain(sentence)}", soft_wrap=True)
+    err.print(f"[bold red]error:[/] {plain(sentence)}", soft_wrap=True)
     return code
-
-
-def _plain(text: str) -> str:
-    """Text from outside as one line: control characters shown, markup off."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return shown.replace("[", r"\[")
 
 
 @app.command("run")
@@ -102,12 +95,12 @@ def run_command(
     """Run all stages; finished ones are skipped."""
     spec = JobSpec.load(job, sets or ())
     before = ledger.newest_generation(Path(spec.root))
-    with _watched() as bars:
+    with watched() as bars:
         generation = run_job(spec, first, last, bars)
     if as_json:
         out.print_json(data=generation)
     elif not generation:
-        out.print(f"Stopped after {last}, as asked. To go on: {_me()} run {job}")
+        out.print(f"Stopped after {last}, as asked. To go on: {me()} run {job}")
     else:
         is_new = before is None or before["generation"] != generation["generation"]
         if not is_new:
@@ -121,7 +114,7 @@ def run_command(
 @app.command()
 def validate(job: Job, sets: Sets = None, as_json: AsJson = False) -> None:
     """Check the spec and that inputs can be read; starts no model."""
-    _configure_logging(None)
+    configure_logging(None)
     spec = JobSpec.load(job, sets or ())
     folder = check(spec)
     files = corpus.check(spec.corpus)
@@ -130,7 +123,7 @@ def validate(job: Job, sets: Sets = None, as_json: AsJson = False) -> None:
         out.print_json(data={"valid": True, "files": len(files), "rows": rows, "model": folder.name})
     else:
         size = "rows not known yet" if rows is None else f"{rows:,} rows"
-        out.print(f"{_plain(job)} is valid: {len(files)} corpus file(s), {size}, model {_plain(folder.name)}")
+        out.print(f"{plain(job)} is valid: {len(files)} corpus file(s), {size}, model {plain(folder.name)}")
     if rows is not None and rows > WARN_SCAN_ROWS and _first_table(spec).endswith("int8"):
         err.print(
             f"[yellow]warning:[/] {_first_table(spec)} comes first in the cascade and LanceDB cannot index int8, "
@@ -153,30 +146,12 @@ def plan_command(
     as_json: AsJson = False,
 ) -> None:
     """Sample the corpus: rows, tokens, time, money, bytes and memory, before anything is spent."""
-    _configure_logging(None)
+    configure_logging(None)
     made = plan.run(JobSpec.load(job, sets or ()), price)
     if as_json:
         out.print_json(data=made.to_json())
     else:
-        _print_plan(made)
-
-
-def _print_plan(made: Plan) -> None:
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading, justify in (("figure", "left"), ("value", "right"), ("origin", "left")):
-        table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    table.add_column("how")
-    for figure in made.figures:
-        table.add_row(figure.name, figure.shown, figure.origin, _plain(figure.how))
-    out.print(table)
-    out.print("\nTokens of the sampled rows, before any cut:")
-    most = max(bucket.rows for bucket in made.histogram)
-    for bucket in made.histogram:
-        bar = "█" * round(40 * bucket.rows / most)
-        out.print(f"  {bucket.low:>7,} … {bucket.high:<7,} {bucket.rows:>6,}  {bar}")
-    out.print(f"\nPlain prefixes, on the sample: [bold]{made.verdict.says}[/]; {_plain(made.verdict.because)}")
-    for sentence in made.advice:
-        out.print(f"[yellow]advice:[/] {_plain(sentence)}")
+        print_plan(made)
 
 
 @app.command()
@@ -188,7 +163,7 @@ def status(job: JobOrRoot, sets: Sets = None, as_json: AsJson = False) -> None:
         out.print_json(data=facts)
         return
     for name, value in facts.items():
-        out.print(f"{name:12} {_plain(str(value))}")
+        out.print(f"{name:12} {plain(str(value))}")
 
 
 def _status(root: Path) -> dict[str, Any]:
@@ -230,7 +205,7 @@ def search(
     exact: Annotated[bool, typer.Option(help="search the full vectors of every row")] = False,
 ) -> None:
     """Two-pass search."""
-    _configure_logging(None)
+    configure_logging(None)
     root, spec = _root_and_spec(job, sets)
     index = open_index(root, model=_model_folder(spec))
     cascade = [] if exact else _cascade(spec, index, k)
@@ -240,11 +215,11 @@ def search(
     hits = index.search(text, k, where, cascade)
     if as_json:
         for hit in hits.iter_rows(named=True):
-            sys.stdout.write(json.dumps(hit, ensure_ascii=False, default=_json_value) + "\n")
+            sys.stdout.write(json.dumps(hit, ensure_ascii=False, default=json_value) + "\n")
         return
     if not len(hits):
         out.print("no hit")
-    _print_hits(hits)
+    print_hits(hits)
 
 
 def _model_folder(spec: JobSpec | None) -> str | None:
@@ -267,18 +242,7 @@ def _explain(steps: list[dict[str, Any]], as_json: bool) -> None:
         for step in steps:
             sys.stdout.write(json.dumps(step) + "\n")
         return
-    table = Table("table", "engine", "scoring", "rows", "bytes", "shortlist", "ms", "note", box=None)
-    for step in steps:
-        cells = [
-            step["table"],
-            step["engine"],
-            step["scoring"],
-            f"{step['rows']:,}",
-            f"{step['bytes']:,}",
-            str(step["shortlist"]),
-        ]
-        table.add_row(*cells, f"{step['milliseconds']:.2f}", step["note"])
-    out.print(table)
+    print_steps(steps)
 
 
 @app.command()
@@ -295,17 +259,17 @@ def evaluate(
     if queries is not None:
         _log_queries(spec, queries, as_json)
         return
-    with _watched() as bars:
+    with watched() as bars:
         run_job(spec, "evaluate", "report", bars)
     measured = pl.read_parquet(Path(spec.root) / "evaluation.parquet", glob=False)
     if as_json:
         sys.stdout.write(measured.write_ndjson())
     else:
-        _print_evaluation(measured, whole=True)
+        print_evaluation(measured, whole=True)
 
 
 def _log_queries(spec: JobSpec, path: str, as_json: bool) -> None:
-    _configure_logging(None)
+    configure_logging(None)
     root = Path(spec.root)
     index = open_index(root, model=_model_folder(spec))
     with store.lock(root):
@@ -313,30 +277,19 @@ def _log_queries(spec: JobSpec, path: str, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(measured[-1:].write_ndjson())
         return
-    table = Table("measured (UTC)", "file", "queries", "generation", "recall_exact", "95 %", "median ms", box=None)
-    for row in measured.iter_rows(named=True):
-        table.add_row(
-            f"{row['measured_at']:%Y-%m-%d %H:%M}",
-            _plain(row["file"]),
-            f"{row['queries']:,}",
-            str(row["generation"]),
-            f"{row['recall_exact']:.4f}",
-            f"{row['recall_exact_low']:.4f}-{row['recall_exact_high']:.4f}",
-            f"{row['median_ms']:.2f}",
-        )
-    out.print(table)
+    print_log(measured)
 
 
 @app.command("report")
 def report_command(job: JobOrRoot, sets: Sets = None, as_json: AsJson = False) -> None:
     """Make one self-contained HTML page of the newest generation, from its files alone."""
-    _configure_logging(None)
+    configure_logging(None)
     root, _ = _root_and_spec(job, sets)
     path = report.run(root)
     if as_json:
         out.print_json(data={"report": str(path)})
     else:
-        out.print(f"{_plain(str(path))}: {path.stat().st_size / 1e6:.1f} MB, opens in any browser without a network")
+        out.print(f"{plain(str(path))}: {path.stat().st_size / 1e6:.1f} MB, opens in any browser without a network")
 
 
 @app.command()
@@ -363,19 +316,19 @@ def _root_and_spec(job: str, sets: list[str] | None) -> tuple[Path, JobSpec | No
 def _summary(spec: JobSpec, generation: dict[str, Any]) -> None:
     root, rows = Path(spec.root), generation["corpus"]
     model = generation["model"]
-    out.print(f"\n[bold]{spec.name}[/], generation {generation['generation']} in {_plain(str(root))}")
+    out.print(f"\n[bold]{spec.name}[/], generation {generation['generation']} in {plain(str(root))}")
     reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(rows["reasons"].items()))
     out.print(f"  {rows['rows']:,} rows in, {rows['quarantined']:,} quarantined{f' ({reasons})' if reasons else ''}")
     embed = generation["embed"]
     out.print(
-        f"  {_plain(model['name'])}, {model['full_dim']} dimensions, {model['backend']} {model['precision']}; "
+        f"  {plain(model['name'])}, {model['full_dim']} dimensions, {model['backend']} {model['precision']}; "
         f"max_tokens cut {embed['cut_tokens']:,} tokens from {embed['cut_rows']:,} rows"
     )
     found = generation["transform"]
-    out.print(f"  plain prefixes: [bold]{found['verdict']['says']}[/], {_plain(found['verdict']['because'])}")
+    out.print(f"  plain prefixes: [bold]{found['verdict']['says']}[/], {plain(found['verdict']['because'])}")
     chosen = f"; {found['compared']['because']}" if found["compared"] else ""
     lost = f"; lost against PCA, by dimension: {found['lost']}" if found["lost"] else ""
-    out.print(f"  transform: [bold]{found['kind']}[/]{_plain(chosen + lost)}")
+    out.print(f"  transform: [bold]{found['kind']}[/]{plain(chosen + lost)}")
     table = Table("table", "rows", "bytes a row", "MB", "index", box=None, padding=(0, 2))
     for name, entry in generation["tables"].items():
         each = f"{entry['bytes'] / entry['rows']:.0f}" if entry["rows"] else "-"
@@ -384,130 +337,21 @@ def _summary(spec: JobSpec, generation: dict[str, Any]) -> None:
             f"  lancedb/{name}.lance", f"{entry['rows']:,}", each, f"{entry['bytes'] / 1e6:.1f}", index.get("kind", "-")
         )
     out.print(table)
-    _print_evaluation(pl.read_parquet(root / "evaluation.parquet", glob=False))
-
-
-def _print_evaluation(measured: pl.DataFrame, whole: bool = False) -> None:
-    """Every setting; or each table alone and at the default shortlist, the cascade and exact."""
-    if not whole:
-        default = measured["k"][0] * 20
-        usual = (pl.col("mode") != "cascade") & (
-            pl.col("shortlist").is_null() | (pl.col("shortlist") == max(200, default))
-        )
-        best = pl.col("scoring") != "hamming"
-        measured = measured.filter((pl.col("choice") == "cascade") | (usual & best))
-    judged = measured["ndcg"].null_count() < len(measured)
-    k = measured["k"][0]
-    names = ["recall_exact", *(["recall", "ndcg", "mrr"] if judged else [])]
-    table = Table(box=None, padding=(0, 1))
-    for heading in (
-        "choice",
-        "mode",
-        "scoring",
-        "short list",
-        *(f"{name} @{k}" for name in names),
-        "bytes a row",
-        "median ms",
-    ):
-        table.add_column(heading, no_wrap=heading == "choice", overflow="fold")
-    for row in measured.iter_rows(named=True):
-        values = [f"{row[name]:.4f}" for name in names]
-        table.add_row(
-            row["choice"],
-            row["mode"],
-            row["scoring"],
-            str(row["shortlist"] or "-"),
-            *values,
-            str(row["bytes_per_row"]),
-            f"{row['median_ms']:.2f}",
-        )
-    out.print(f"\nMeasured with {measured['queries'][0]:,} queries, milliseconds one query at a time:")
-    out.print(table)
+    print_evaluation(pl.read_parquet(root / "evaluation.parquet", glob=False))
 
 
 def _examples(spec: JobSpec, generation: dict[str, Any]) -> None:
     if spec.search.examples:
         index = Index(Path(spec.root), generation)
         for text in spec.search.examples:
-            out.print(f"\n[bold]{_plain(text)}[/]")
-            _print_hits(index.search(text, k=3))
+            out.print(f"\n[bold]{plain(text)}[/]")
+            print_hits(index.search(text, k=3))
 
 
 def _next(spec: JobSpec, job: str) -> None:
     text = spec.search.examples[0] if spec.search.examples else "your question"
     page = Path(spec.root) / report.FILE
-    out.print(f"\nThe page of this run: {_plain(str(page))}\nNext:" if page.is_file() else "\nNext:")
-    out.print(f'  {_me()} search {job} "{_plain(text)}" -k 5 --explain')
-    out.print(f"  {_me()} status {job}")
-    out.print(f"  {_me()} evaluate {job}")
-
-
-def _json_value(value: Any) -> str:
-    """What JSON has no word for: bytes as base64, the rest (dates, decimals) as text."""
-    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
-
-
-def _print_hits(hits: pl.DataFrame) -> None:
-    for hit in hits.iter_rows(named=True):
-        text = " ".join((hit.get("text") or "").split())
-        out.print(f"  {hit['rank']:2}  {hit['score']:.4f}  [cyan]{_plain(hit['id'])}[/]  {_plain(text[:100])}")
-
-
-def _me() -> str:
-    """How this command was called."""
-    called = sys.argv[0]
-    if called.endswith("__main__.py"):
-        return f"{Path(sys.executable).name} -m pipeline"
-    return Path(called).name if shutil.which(Path(called).name) == called else os.path.relpath(called)
-
-
-@contextmanager
-def _watched() -> Iterator["_Watch"]:
-    """Progress and logs on stderr: bars on a terminal, plain lines elsewhere."""
-    if not err.is_terminal:
-        _configure_logging(None)
-        yield _Watch(None)
-        return
-    columns = (
-        TextColumn("{task.description:9}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Bars(*columns, console=err, transient=True) as bars:
-        _configure_logging(bars.console)
-        yield _Watch(bars)
-
-
-def _configure_logging(console: Console | None) -> None:
-    handler: logging.Handler = logging.StreamHandler(sys.stderr)
-    if console is not None:
-        handler = RichHandler(console=console, show_path=False, show_level=False, markup=False)
-    form = "%(message)s" if console else "%(asctime)s %(levelname)s %(message)s"
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], format=form, force=True)
-    logging.getLogger("pipeline").setLevel(logging.INFO)
-
-
-class _Watch:
-    """Turns stage progress into a bar, or into a line every ten seconds."""
-
-    def __init__(self, bars: Bars | None) -> None:
-        self._bars = bars
-        self._tasks: dict[str, TaskID] = {}
-        self._started: dict[str, float] = {}
-        self._told = time.monotonic()
-
-    def __call__(self, stage: str, rows: int | None, progress: Progress) -> None:
-        now = time.monotonic()
-        seconds = now - self._started.setdefault(stage, now)
-        rate = progress.rows / seconds if seconds else 0.0
-        state = f"{progress.rows:,}" + (f" of {rows:,} rows" if rows else " rows")
-        if progress.rows and seconds:
-            state += f"  {rate:,.0f} rows/s" + (
-                f"  {progress.tokens / seconds:,.0f} tokens/s" if progress.tokens else ""
-            )
-        if self._bars is not None:
-            if stage not in self._tasks:
-                self._tasks[stage] = self._bars.add_task(stage, total=rows, state=state)
-            self._bars.update(self._tasks[stage], completed=progress.rows, state=state)
-        elif progress.rows and now - self._told > PLAIN_SECONDS:
-            self._told = now
-            left = f"  {(rows - progress.rows) / rate:,.0f} s left" if rows and rate else ""
-            log.info("%s %s%s", stage, state, left)
+    out.print(f"\nThe page of this run: {plain(str(page))}\nNext:" if page.is_file() else "\nNext:")
+    out.print(f'  {me()} search {job} "{plain(text)}" -k 5 --explain')
+    out.print(f"  {me()} status {job}")
+    out.print(f"  {me()} evaluate {job}")

@@ -152,6 +152,11 @@ class _Fitting:
         """PCA of the other rows."""
         return pca(self.moments.without(self.held_out))[0]
 
+    @cached_property
+    def rotation_rows(self) -> Matrix:
+        """Rows that every rotation is learned from."""
+        return self.sample.some(ROTATION_ROWS)
+
     @property
     def ladder(self) -> list[int]:
         """Dims that decide."""
@@ -288,7 +293,7 @@ def _rotation(prefix: Prefix, transform: Transform, fitting: _Fitting) -> Matrix
             matrix = rotation.random(prefix.dim, sample.seed)
         else:
             learn = rotation.itq if prefix.rotation == "itq" else rotation.whitened_itq
-            matrix = learn(truncate(transform.apply(sample.some(ROTATION_ROWS)), prefix.dim), sample.seed)
+            matrix = learn(truncate(transform.apply(fitting.rotation_rows), prefix.dim), sample.seed)
         store.write(path, store.npy(matrix))
         fitting.ledger.add(key, {"digest": digest("rotation", matrix)})
     return np.asarray(np.load(path))

@@ -9,7 +9,7 @@ from typing import get_args
 import polars as pl
 import pytest
 
-from pipeline import cli, run
+from pipeline import cli, run, terminal
 from pipeline.run import Stage
 from pipeline.workers import Progress
 
@@ -202,8 +202,8 @@ def test_text_from_outside_cannot_draw_on_the_terminal(matryoshka, spec, corpus_
 def test_plain_progress_lines_have_rate_and_time_left(monkeypatch, caplog):
     caplog.set_level("INFO")
     now = [0.0]
-    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
-    watch = cli._Watch(None)
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    watch = terminal.Watch(None)
     watch("embed", 100, Progress())
     now[0] = 20.0
     watch("embed", 100, Progress(rows=40, tokens=800))

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "pipeline"
 LEVELS = [
-    {"errors", "vectors", "metrics", "template"},
+    {"errors", "vectors", "metrics", "template", "sentences"},
     {"rotation", "filters", "plots"},
     {"transform", "html"},
     {"probe", "adaptor"},
@@ -18,7 +18,7 @@ LEVELS = [
     {"corpus", "embed", "fit", "derive", "index", "search"},
     {"evaluate", "sample"},
     {"querylog", "figures"},
-    {"plan", "report"},
+    {"plan", "report", "terminal"},
     {"run"},
     {"cli"},
 ]
