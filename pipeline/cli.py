@@ -3,21 +3,20 @@
 import errno
 import json
 import logging
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import polars as pl
 import typer
 from rich.table import Table
 
-from pipeline import corpus, ledger, plan, querylog, report, store
+from pipeline import corpus, ledger, lock, plan, querylog, report, stopping
 from pipeline.errors import PipelineError, SpecError, StaleError
 from pipeline.run import Stage, check, run as run_job
 from pipeline.search import Index, Level, open_index
 from pipeline.spec import JobSpec
+from pipeline.storage import STATE, Root
 from pipeline.terminal import (
     configure_logging,
     err,
@@ -47,26 +46,22 @@ WARN_SCAN_ROWS = 1_000_000
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}
 
 
-class Stopped(BaseException):
-    """SIGINT or SIGTERM came; the argument is its number."""
-
-
 def main() -> NoReturn:
     """Run the command line; every PipelineError becomes one sentence and its exit code."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
     try:
-        app(standalone_mode=False)
+        with stopping.listening(_last_words):
+            app(standalone_mode=False)
     except UsageError as error:
         message = error.format_message().replace("Value error, ", "").replace("Input should", "must").rstrip(".")
         sys.exit(_fail(f"{message}; see {me()} --help", 2))
     except PipelineError as error:
         sys.exit(_fail(str(error), error.exit_code))
-    except (Stopped, SystemError) as error:  # Ray's wait may wrap what a signal raised in it
-        stop = error if isinstance(error, Stopped) else error.__cause__ or error.__context__
-        if not isinstance(stop, Stopped):
+    except (stopping.Stopped, SystemError) as error:  # Ray's wait may wrap what a signal raised in it
+        stop = error if isinstance(error, stopping.Stopped) else error.__cause__ or error.__context__
+        if not isinstance(stop, stopping.Stopped):
             raise
-        sys.exit(_fail("interrupted; run the same command to go on from the last finished shard", 128 + stop.args[0]))
+        _last_words(stop.args[0])
+        sys.exit(128 + stop.args[0])
     except OSError as error:
         if error.errno not in DISK_ERRORS and "No space left" not in str(error):
             raise
@@ -75,8 +70,8 @@ def main() -> NoReturn:
     sys.exit(0)
 
 
-def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    raise Stopped(number)
+def _last_words(number: int) -> None:
+    _fail("interrupted; run the same command to go on from the last finished shard", 128 + number)
 
 
 def _fail(sentence: str, code: int) -> int:
@@ -94,7 +89,7 @@ def run_command(
 ) -> None:
     """Run all stages; finished ones are skipped."""
     spec = JobSpec.load(job, sets or ())
-    before = ledger.newest_generation(Path(spec.root))
+    before = ledger.newest_generation(Root(Path(spec.root)))
     with watched() as bars:
         generation = run_job(spec, first, last, bars)
     if as_json:
@@ -166,16 +161,15 @@ def status(job: JobOrRoot, sets: Sets = None, as_json: AsJson = False) -> None:
         out.print(f"{name:12} {plain(str(value))}")
 
 
-def _status(root: Path) -> dict[str, Any]:
+def _status(root: Root) -> dict[str, Any]:
     begun, generation = ledger.begun(root), ledger.newest_generation(root)
-    if begun is None and generation is None and not (root / "_state").is_dir():
-        raise StaleError(f"{root} holds no job; run one first")
+    if begun is None and generation is None and not root.names(STATE):
+        raise StaleError(f"{root.path} holds no job; run one first")
     embed = ledger.Ledger(root, "embed")
-    sealed = embed.get("sealed")
-    facts: dict[str, Any] = {"root": str(root), "begun": begun is not None}
+    facts: dict[str, Any] = {"root": str(root.path), "begun": begun is not None}
     if begun is not None:
         total = -(-begun["corpus.rows"] // begun["corpus.shard_rows"])
-        names = embed.names() - {"sealed"}
+        names = {name for name in embed.names() if not name.startswith("sealed")}
         records = [embed.get(name) or {} for name in sorted(names)]
         facts |= {
             "rows": begun["corpus.rows"],
@@ -185,7 +179,7 @@ def _status(root: Path) -> dict[str, Any]:
                 reason: sum(record["quarantined"].get(reason, 0) for record in records)
                 for reason in sorted({reason for record in records for reason in record["quarantined"]})
             },
-            "embed": "done" if sealed else "unfinished",
+            "embed": "done" if len(names) == total else "unfinished",
         }
     facts["generation"] = None if generation is None else generation["generation"]
     if generation is not None:
@@ -207,7 +201,7 @@ def search(
     """Two-pass search."""
     configure_logging(None)
     root, spec = _root_and_spec(job, sets)
-    index = open_index(root, model=_model_folder(spec))
+    index = open_index(root.path, model=_model_folder(spec))
     cascade = [] if exact else _cascade(spec, index, k)
     if explain:
         _explain(index.explain(text, k, where, cascade), as_json)
@@ -270,10 +264,10 @@ def evaluate(
 
 def _log_queries(spec: JobSpec, path: str, as_json: bool) -> None:
     configure_logging(None)
-    root = Path(spec.root)
-    index = open_index(root, model=_model_folder(spec))
-    with store.lock(root):
-        measured = querylog.run(path, index, spec.evaluate.k, spec.seed, root)
+    root = Root(Path(spec.root))
+    index = open_index(root.path, model=_model_folder(spec))
+    with lock.lock(root) as held:
+        measured = querylog.run(path, index, spec.evaluate.k, spec.seed, held)
     if as_json:
         sys.stdout.write(measured[-1:].write_ndjson())
         return
@@ -303,20 +297,20 @@ def schema_text() -> str:
     return json.dumps(JobSpec.model_json_schema(), indent=2, sort_keys=True) + "\n"
 
 
-def _root_and_spec(job: str, sets: list[str] | None) -> tuple[Path, JobSpec | None]:
+def _root_and_spec(job: str, sets: list[str] | None) -> tuple[Root, JobSpec | None]:
     path = Path(job)
     if path.is_dir():
         if sets:
             raise SpecError(f"--set changes a spec; {job} is a root")
-        return path, None
+        return Root(path), None
     spec = JobSpec.load(path, sets or ())
-    return Path(spec.root), spec
+    return Root(Path(spec.root)), spec
 
 
 def _summary(spec: JobSpec, generation: dict[str, Any]) -> None:
-    root, rows = Path(spec.root), generation["corpus"]
+    root, rows = Root(Path(spec.root)), generation["corpus"]
     model = generation["model"]
-    out.print(f"\n[bold]{spec.name}[/], generation {generation['generation']} in {plain(str(root))}")
+    out.print(f"\n[bold]{spec.name}[/], generation {generation['generation']} in {plain(str(root.path))}")
     reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(rows["reasons"].items()))
     out.print(f"  {rows['rows']:,} rows in, {rows['quarantined']:,} quarantined{f' ({reasons})' if reasons else ''}")
     embed = generation["embed"]
@@ -342,7 +336,7 @@ def _summary(spec: JobSpec, generation: dict[str, Any]) -> None:
 
 def _examples(spec: JobSpec, generation: dict[str, Any]) -> None:
     if spec.search.examples:
-        index = Index(Path(spec.root), generation)
+        index = Index(Root(Path(spec.root)), generation)
         for text in spec.search.examples:
             out.print(f"\n[bold]{plain(text)}[/]")
             print_hits(index.search(text, k=3))

@@ -7,10 +7,9 @@ for duplicates, and what will be quarantined. A file whose size and time are unc
 import base64
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,9 +19,10 @@ from numpy.typing import NDArray
 
 from pipeline import docstrings, ids, rows, sources, store
 from pipeline.errors import DataError, SpecError
-from pipeline.ledger import Ledger
+from pipeline.ledger import Ledger, Record, Slot
 from pipeline.sources import Part, Reader, Shard, SourceFile
 from pipeline.spec import Corpus
+from pipeline.storage import Root, kept_name
 from pipeline.tables import FORMAT
 from pipeline.workers import OnProgress, Pool, Progress
 
@@ -31,7 +31,7 @@ UNIT_BYTES, UNIT_FILES = 64 * 2**20, 500
 
 @dataclass(frozen=True)
 class Scan:
-    """What one look at the whole corpus found. `files` are in row order."""
+    """What one look at the whole corpus found. `files` are in row order; `spills` and `repeated` are kept files."""
 
     key: str
     files: tuple[SourceFile, ...]
@@ -40,7 +40,8 @@ class Scan:
     types: dict[str, pa.DataType]
     reasons: dict[str, int]
     repaired: int
-    units: tuple[str, ...] = field(repr=False)
+    spills: tuple[str, ...] = field(repr=False)
+    repeated: str | None = None
 
     @property
     def rows(self) -> int:
@@ -56,7 +57,20 @@ class Unit:
     files: tuple[SourceFile, ...]
 
 
-def run(corpus: Corpus, root: Path, pool: Pool, on_progress: OnProgress | None = None) -> Scan:
+@dataclass(frozen=True)
+class Todo:
+    """A unit to scan; `name` is the slot of its record."""
+
+    name: str
+    unit: Unit
+
+
+def _is_whole(root: Root, record: Record) -> bool:
+    """Whether the file that a record names is there."""
+    return record["kept"] is None or root.size(kept_name(record["kept"])) == record["bytes"]
+
+
+def run(corpus: Corpus, root: Root, pool: Pool, on_progress: OnProgress | None = None) -> Scan:
     """Scan the corpus, or take the last scan where no file has changed.
 
     Raises SpecError for a source or column that is not there, DataError for files, ids or rows that are wrong.
@@ -65,14 +79,18 @@ def run(corpus: Corpus, root: Path, pool: Pool, on_progress: OnProgress | None =
     ledger = Ledger(root, "corpus")
     units = _units(files, corpus)
     key = _hash(*(unit.name for unit in units))
-    if ledger.get(key) is None:
-        todo = [unit for unit in units if ledger.get(unit.name) is None]
+    standing = ledger.slot(key, partial(_is_whole, root))
+    if standing.record is None:
+        slots = [ledger.slot(unit.name, partial(_is_whole, root)) for unit in units]
+        todo = [Todo(slot.name, unit) for unit, slot in zip(units, slots, strict=True) if slot.record is None]
         if todo:
             with pool.team(partial(_Scanner, corpus, root), on_progress) as team:
                 for _ in team.map(todo):
                     pass
-        _finish(corpus, ledger, key, units)
-    scan = _load(ledger, key, files)
+            slots = [ledger.slot(unit.name) for unit in units]
+        summary = _summary(corpus, root, units, [slot.done for slot in slots])
+        standing = Slot(standing.name, ledger.add(standing.name, summary))
+    scan = _load(key, standing.done, files)
     _check_usable(corpus, scan)
     return scan
 
@@ -125,12 +143,16 @@ def _hash(*parts: str) -> str:
 class _Scanner:
     """Reads units of files; leaves a record and a spill of id hashes."""
 
-    def __init__(self, corpus: Corpus, root: Path, threads: int) -> None:
+    def __init__(self, corpus: Corpus, root: Root, threads: int) -> None:
         self.progress = Progress()
-        self._corpus, self._ledger = corpus, Ledger(root, "corpus")
+        self._corpus, self._root = corpus, root
 
-    def __call__(self, unit: Unit) -> None:
-        spill = ids.Spill(_spill(self._ledger, unit.name))
+    def __call__(self, todo: Todo) -> None:
+        ledger, unit = Ledger(self._root, "corpus"), todo.unit
+        if ledger.read(todo.name) is not None:
+            return
+        draft = self._root.draft_folder() / "ids"
+        spill = ids.Spill(draft)
         files: list[dict[str, Any]] = []
         reasons: Counter[str] = Counter()
         repaired, first_row = 0, 0
@@ -152,11 +174,19 @@ class _Scanner:
                     spill.add([ids.of_id(name) for _, name in named], [first_row + offset for offset, _ in named])
                 else:
                     spill.add(clean.digests, [first_row + offset for offset in clean.offsets])
-            files.append({"rows": count, "sha256": _content_digest(file)})
+            files.append({"path": file.path, "rows": count, "sha256": _content_digest(file)})
             first_row += count
         spill.close()
-        record = {"files": files, "reasons": dict(reasons), "repaired": repaired, "types": _types_out(types)}
-        self._ledger.add(unit.name, record)
+        size = draft.stat().st_size
+        record = {
+            "files": files,
+            "reasons": dict(reasons),
+            "repaired": repaired,
+            "types": _types_out(types),
+            "kept": self._root.keep_file(draft),
+            "bytes": size,
+        }
+        ledger.add(todo.name, record)
 
     def _observe(self, file: SourceFile) -> dict[str, pa.DataType]:
         """Types of the carried columns over the whole file."""
@@ -174,10 +204,6 @@ class _Scanner:
             if isinstance(next(iter(raw.columns.values())), pa.Array):
                 break  # a typed file has one type per column
         return types
-
-
-def _spill(ledger: Ledger, unit: str) -> Path:
-    return ledger.file(f"{unit}.ids.parquet")
 
 
 def _rows(record: dict[str, Any]) -> int:
@@ -225,9 +251,8 @@ def _types_in(text: str) -> dict[str, pa.DataType]:
     return dict(zip(schema.names, schema.types, strict=True))
 
 
-def _finish(corpus: Corpus, ledger: Ledger, key: str, units: Sequence[Unit]) -> None:
-    """Join the units' records: check ids and types over all of them, then make the scan's own record."""
-    records = [ledger.get(unit.name) or {} for unit in units]
+def _summary(corpus: Corpus, root: Root, units: Sequence[Unit], records: Sequence[Record]) -> Record:
+    """Join the units' records: check ids and types over all of them."""
     counts = [file["rows"] for record in records for file in record["files"]]
     files = [file for unit in units for file in unit.files]
     types: dict[str, pa.DataType] = {}
@@ -238,23 +263,24 @@ def _finish(corpus: Corpus, ledger: Ledger, key: str, units: Sequence[Unit]) -> 
     reasons: Counter[str] = Counter()
     for record in records:
         reasons.update(record["reasons"])
-    repeated = ids.repeated(
-        [(_spill(ledger, unit.name), _rows(record)) for unit, record in zip(units, records, strict=True)]
-    )
+    repeated = ids.repeated([(root / kept_name(record["kept"]), _rows(record)) for record in records])
     if len(repeated) and corpus.id:
         raise _duplicate_id(corpus, files, counts, repeated)
+    rows_file = b""
     if len(repeated):
         reasons["duplicate_text"] = len(repeated)
-        np.save(ledger.file(f"{key}.repeated.npy"), np.sort(repeated["row"].to_numpy()))
-    summary = {
+        rows_file = store.npy(np.sort(repeated["row"].to_numpy()))
+    return {
         "digest": _hash(*(f"{file['sha256']} {file['rows']}" for record in records for file in record["files"])),
         "counts": counts,
         "types": _types_out(types),
         "reasons": dict(reasons),
         "repaired": sum(record["repaired"] for record in records),
-        "units": [unit.name for unit in units],
+        "files": [file for record in records for file in record["files"]],
+        "spills": [record["kept"] for record in records],
+        "kept": root.keep(rows_file) if rows_file else None,
+        "bytes": len(rows_file),
     }
-    ledger.add(key, summary)
 
 
 def _check_filter_types(corpus: Corpus, types: dict[str, pa.DataType]) -> None:
@@ -287,9 +313,7 @@ def _duplicate_id(
     )
 
 
-def _load(ledger: Ledger, key: str, files: Sequence[SourceFile]) -> Scan:
-    record = ledger.get(key)
-    assert record is not None
+def _load(key: str, record: Record, files: Sequence[SourceFile]) -> Scan:
     return Scan(
         key=key,
         files=tuple(files),
@@ -298,7 +322,8 @@ def _load(ledger: Ledger, key: str, files: Sequence[SourceFile]) -> Scan:
         types=_types_in(record["types"]),
         reasons=record["reasons"],
         repaired=record["repaired"],
-        units=tuple(record["units"]),
+        spills=tuple(record["spills"]),
+        repeated=record["kept"],
     )
 
 
@@ -309,11 +334,10 @@ def _check_usable(corpus: Corpus, scan: Scan) -> None:
         raise DataError(f"the corpus has no usable row: {scan.rows} rows, {rows.listed(scan.reasons) or 'none read'}")
 
 
-def shards(scan: Scan, corpus: Corpus, root: Path) -> list[Shard]:
+def shards(scan: Scan, corpus: Corpus, root: Root) -> list[Shard]:
     """Cut the corpus into units of work, the same ones every time."""
     size = shard_rows(scan.rows, corpus)
-    path = Ledger(root, "corpus").file(f"{scan.key}.repeated.npy")
-    repeated = np.load(path, mmap_mode="r") if scan.reasons.get("duplicate_text") else np.array([], np.int64)
+    repeated = store.from_npy(root.kept(scan.repeated)) if scan.repeated else np.array([], np.int64)
     starts = np.cumsum([0, *scan.counts])
     cut = []
     for number, start in enumerate(range(0, scan.rows, size)):
@@ -344,10 +368,40 @@ def _parts(files: Sequence[SourceFile], starts: NDArray[np.int64], start: int, s
         number += 1
 
 
-def known_ids(root: Path, scan: Scan, corpus: Corpus, names: Sequence[str]) -> list[bool]:
+def known_ids(root: Root, scan: Scan, corpus: Corpus, names: Sequence[str]) -> list[bool]:
     """Which of these ids the corpus holds, by the spilled hashes."""
     hashes = [ids.of_id(name) if corpus.id else ids.of_text_id(name) for name in names]
-    return ids.known([_spill(Ledger(root, "corpus"), unit) for unit in scan.units], hashes)
+    return ids.known([root / kept_name(spill) for spill in scan.spills], hashes)
+
+
+def changes(root: Root, begun: Mapping[str, Any], scan: Scan) -> str:
+    """What is different from the corpus that the root was begun with, in words; empty where nothing is."""
+    if begun["corpus.digest"] == scan.digest:
+        return ""
+    before = Ledger(root, "corpus").get(begun["scan"])
+    now = Ledger(root, "corpus").get(scan.key)
+    if before is None or now is None:
+        return "its files are not known any more"
+    then, today = ({file["path"]: file for file in record["files"]} for record in (before, now))
+    gone, new = then.keys() - today.keys(), today.keys() - then.keys()
+    contents = {then[path]["sha256"]: path for path in gone}
+    renamed = {path: contents[today[path]["sha256"]] for path in new if today[path]["sha256"] in contents}
+    told = {
+        "changed": [
+            f"{path} ({then[path]['rows']} -> {today[path]['rows']} rows)"
+            for path in sorted(then.keys() & today.keys())
+            if then[path]["sha256"] != today[path]["sha256"]
+        ],
+        "added": sorted(new - renamed.keys()),
+        "removed": sorted(gone - set(renamed.values())),
+        "renamed": [f"{old} -> {path}" for path, old in sorted(renamed.items())],
+    }
+    parts = [
+        f"{len(paths)} {what}: {', '.join(paths[:3])}{', …' if len(paths) > 3 else ''}"
+        for what, paths in told.items()
+        if paths
+    ]
+    return "; ".join(parts) or "the same files in another order"
 
 
 def known_rows(files: Sequence[SourceFile]) -> int | None:

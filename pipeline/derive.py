@@ -7,17 +7,19 @@ miss it; adding a prefix later touches no other table.
 import hashlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
 from pipeline import store
-from pipeline.ledger import Ledger, Record
+from pipeline.ledger import Ledger, Record, Slot
 from pipeline.spec import Prefix
+from pipeline.storage import Root
 from pipeline.tables import (
+    DOCUMENTS,
     FORMAT,
     Fits,
     FittedPrefix,
@@ -57,27 +59,25 @@ class Table:
 
 @dataclass(frozen=True)
 class Derived:
-    """A published prefix table."""
+    """A published prefix table; `parts` are (rows, digest) of each unit, `files` sha256 of each data file."""
 
     name: str
     version: int
     rows: int
     digest: str
     clipped_share: float
+    parts: Sequence[tuple[int, str]]
+    files: Mapping[str, str]
+    fragments: Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Consecutive fragments of `documents`, and the tables that miss them."""
+    """Consecutive fragments of `documents`, and the tables that miss them with the slots of their records."""
 
-    number: int
+    name: str
     fragments: tuple[int, ...]
-    tables: tuple[Table, ...]
-
-    @property
-    def name(self) -> str:
-        """Name of its records."""
-        return f"{self.number:06d}"
+    tables: tuple[tuple[Table, str], ...]
 
 
 def run(
@@ -85,23 +85,29 @@ def run(
     parent: Parent,
     fits: Fits,
     filters: Mapping[str, pa.DataType],
-    root: Path,
+    root: Root,
     pool: Pool,
     on_progress: OnProgress | None = None,
+    afresh: Collection[str] = (),
 ) -> list[Derived]:
-    """Derive and publish every prefix table; what is there already is left alone."""
+    """Derive and publish every prefix table; what is there already is left alone.
+
+    Tables named in `afresh` are published again, without their indexes.
+    """
     tables = [_table(prefix, parent, fits) for prefix in prefixes]
     groups = _groups(parent)
     todo = []
     for number, group in enumerate(groups):
-        missing = tuple(table for table in tables if not _is_there(root, table, f"{number:06d}"))
+        slots = [(table, _slot(root, table, number)) for table in tables]
+        missing = tuple((table, slot.name) for table, slot in slots if slot.record is None)
         if missing:
-            todo.append(Unit(number, group, missing))
+            todo.append(Unit(f"{number:06d}", group, missing))
     if todo:
+        store.check_files(root, DOCUMENTS, parent.files)
         with pool.team(partial(_Deriver, parent, filters, root), on_progress) as team:
             for name, rows, seconds in team.map(todo):
                 log.info("derive unit=%s rows=%d seconds=%.1f", name, rows, seconds)
-    return [_publish(table, len(groups), filters, root) for table in tables]
+    return [_publish(table, len(groups), filters, root, table.name in afresh) for table in tables]
 
 
 def _table(prefix: Prefix, parent: Parent, fits: Fits) -> Table:
@@ -126,18 +132,14 @@ def _table(prefix: Prefix, parent: Parent, fits: Fits) -> Table:
     return Table(prefix.table, hashlib.sha256(key.encode()).hexdigest()[:16], info, fitted)
 
 
-def _ledger(root: Path, table: Table) -> Ledger:
-    return Ledger(root, "derive", f"{table.name}-{table.key}")
+def _key(table: Table) -> str:
+    return f"{table.name}-{table.key}"
 
 
-def _is_there(root: Path, table: Table, unit: str) -> bool:
-    """Whether a unit of a table is done; a record whose files are gone is dropped, so that it is derived again."""
-    ledger = _ledger(root, table)
-    record = ledger.get(unit)
-    if record is not None and store.lost_files(store.table_uri(root, table.name), record["fragments"]):
-        ledger.drop(unit)
-        return False
-    return record is not None
+def _slot(root: Root, table: Table, unit: int) -> Slot:
+    """Where a unit of a table is recorded; it is to be derived again where its files are gone."""
+    book = Ledger(root, "derive", _key(table))
+    return book.slot(f"{unit:06d}", lambda record: store.is_whole(root, table.name, record["fragments"]))
 
 
 def _groups(parent: Parent) -> list[tuple[int, ...]]:
@@ -156,7 +158,7 @@ def _groups(parent: Parent) -> list[tuple[int, ...]]:
 class _Deriver:
     """Reads a unit of `documents` and writes one fragment per table that misses it."""
 
-    def __init__(self, parent: Parent, filters: Mapping[str, pa.DataType], root: Path, threads: int) -> None:
+    def __init__(self, parent: Parent, filters: Mapping[str, pa.DataType], root: Root, threads: int) -> None:
         self.progress = Progress()
         self._documents = store.open_table(parent.uri, parent.version)
         self._filters, self._root = filters, root
@@ -164,8 +166,9 @@ class _Deriver:
     def __call__(self, unit: Unit) -> tuple[str, int, float]:
         fragments = [self._documents.get_fragment(number) for number in unit.fragments]
         names = ["row", *self._filters]
-        parts: dict[str, list[pa.RecordBatch]] = {table.name: [] for table in unit.tables}
-        transforms = {table.transform: table.fitted.transform for table in unit.tables}
+        tables = [table for table, _ in unit.tables]
+        parts: dict[str, list[pa.RecordBatch]] = {table.name: [] for table in tables}
+        transforms = {table.transform: table.fitted.transform for table in tables}
         clipped = dict.fromkeys(parts, 0.0)
         rows, start = 0, time.perf_counter()
         scanner = self._documents.scanner(columns=[*names, "vector"], fragments=fragments, batch_size=BATCH_ROWS)
@@ -173,36 +176,36 @@ class _Deriver:
             vectors = vector_matrix(batch.column("vector"))
             transformed = {name: transform.apply(vectors) for name, transform in transforms.items()}
             rows += batch.num_rows
-            for table in unit.tables:
+            for table in tables:
                 prefix = truncate(transformed[table.transform], table.info.dim)
                 clipped[table.name] += table.fitted.codec.clipped_share(prefix) * batch.num_rows
                 columns = [*(batch.column(name) for name in names), vector_array(table.fitted.codec.encode(prefix))]
                 schema = prefix_schema(table.info.dim, table.info.precision, self._filters)
                 parts[table.name].append(pa.RecordBatch.from_arrays(columns, schema=schema))
             self.progress = Progress(self.progress.rows + batch.num_rows)
-        for table in unit.tables:
-            self._write(unit, table, parts[table.name], clipped[table.name])
+        for table, slot in unit.tables:
+            self._write(slot, table, parts[table.name], clipped[table.name])
         return unit.name, rows, time.perf_counter() - start
 
-    def _write(self, unit: Unit, table: Table, parts: list[pa.RecordBatch], clipped_rows: float) -> None:
+    def _write(self, slot: str, table: Table, parts: list[pa.RecordBatch], clipped_rows: float) -> None:
         content = pa.Table.from_batches(parts)
         schema = table.info.to_schema(content.schema)
+        written = store.write_fragments(self._root, table.name, content, schema, f"derive/{_key(table)}/{slot}")
         record: Record = {
             "rows": content.num_rows,
-            "fragments": store.write_fragments(store.table_uri(self._root, table.name), content, schema),
+            **written.to_json(),
             "digest": logical_digest(content),
             "clipped_rows": clipped_rows,
         }
-        _ledger(self._root, table).add(unit.name, record)
+        Ledger(self._root, "derive", _key(table)).add(slot, record)
 
 
-def _publish(table: Table, units: int, filters: Mapping[str, pa.DataType], root: Path) -> Derived:
+def _publish(table: Table, units: int, filters: Mapping[str, pa.DataType], root: Root, afresh: bool) -> Derived:
     """Commit a table's units in order."""
-    ledger = _ledger(root, table)
-    records = [ledger.get(f"{number:06d}") or {} for number in range(units)]
+    records = [_slot(root, table, number).done for number in range(units)]
     schema = table.info.to_schema(prefix_schema(table.info.dim, table.info.precision, filters))
     fragments = [fragment for record in records for fragment in record["fragments"]]
-    version = store.commit(store.table_uri(root, table.name), schema, fragments)
+    version = store.commit(root, table.name, schema, fragments, afresh)
     rows = sum(record["rows"] for record in records)
     clipped = sum(record["clipped_rows"] for record in records) / max(rows, 1)
     if clipped > MAX_CLIPPED:
@@ -212,4 +215,13 @@ def _publish(table: Table, units: int, filters: Mapping[str, pa.DataType], root:
             table.name,
             100 * clipped,
         )
-    return Derived(table.name, version, rows, combined_digest([record["digest"] for record in records]), clipped)
+    return Derived(
+        name=table.name,
+        version=version,
+        rows=rows,
+        digest=combined_digest([record["digest"] for record in records]),
+        clipped_share=clipped,
+        parts=[(record["rows"], record["digest"]) for record in records],
+        files={path: digest for record in records for path, digest in record["files"].items()},
+        fragments=fragments,
+    )

@@ -1,20 +1,18 @@
 """The embed stage: every usable row through the model once, at full dimension, into `documents`.
 
-Comes in: a scan and its shards. Workers write their shard's fragment (and Parquet file) and leave a record; the
-driver publishes all of them in shard order with one commit. Vectors never pass through the driver.
+Comes in: a scan and its shards. Workers write their shard's fragment and leave a record; the driver seals all of
+them in one record and publishes them in shard order with one commit. Vectors never pass through the driver.
 """
 
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline import ledger, rows, store
 from pipeline.embedder import (
@@ -22,32 +20,42 @@ from pipeline.embedder import (
     Embedder,
     Facts,
     Resolve,
+    Trial,
     Work,
     documents_columns,
     documents_info,
     parquet_bytes,
 )
 from pipeline.encoders.models import ModelFolder
-from pipeline.errors import DataError, SpecError
-from pipeline.ledger import Ledger, Record
+from pipeline.errors import DataError, PipelineError, SpecError
+from pipeline.ledger import Ledger, Record, Slot
 from pipeline.sources import Shard
 from pipeline.spec import JobSpec
+from pipeline.storage import Root
 from pipeline.tables import DOCUMENTS, FORMAT, TableInfo, combined_digest
-from pipeline.workers import OnProgress, Pool
+from pipeline.workers import Died, OnProgress, Pool, Team
 
 log = logging.getLogger(__name__)
+
+STATE_FORMAT = 2
+"""Version of what lies in `_state`; a root begun with another one is refused."""
+MAX_TRIALS = 256
+"""Workers that one shard may cost while the rows that end them are looked for; each row costs about 14."""
 
 
 @dataclass(frozen=True)
 class Full:
-    """The finished `documents` table."""
+    """The finished `documents` table; `parts` are (rows, digest) of each shard, `files` sha256 of each data file."""
 
-    uri: str
     version: int
     digest: str
     rows: int
     facts: Facts
     info: TableInfo
+    parts: Sequence[tuple[int, str]]
+    files: Mapping[str, str]
+    fragments: Sequence[Mapping[str, Any]]
+    quarantine: str
     counters: Mapping[str, Any]
 
 
@@ -57,53 +65,134 @@ def run(
     shards: Sequence[Shard],
     corpus_fields: Mapping[str, Any],
     types: Mapping[str, pa.DataType],
-    root: Path,
+    root: Root,
     pool: Pool,
     on_progress: OnProgress | None = None,
+    afresh: bool = False,
 ) -> Full:
-    """Embed what is missing and publish `documents`.
+    """Embed what is missing and publish `documents`; `afresh` publishes it again, without its indexes.
 
     `corpus_fields` are the corpus' part of the fingerprint. Raises StaleError where the root was begun
     otherwise, SpecError where a prefix is longer than the model's vectors, DataError where the budget is spent.
     """
     fixed = {**corpus_fields, **_fixed_fields(spec, folder)}
-    standing = ledger.begun(root)
+    standing, book = ledger.begun(root), Ledger(root, "embed")
     if standing is not None:
-        ledger.refuse_changes(root, standing, {**fixed, **_insisted(spec, standing)})
+        wanted = {**fixed, **_insisted(spec, standing)}
+        ledger.refuse_changes(root, standing, {field: wanted[field] for field in wanted if field != "scan"})
         check_dims(spec, standing["facts"]["full_dim"])
-        sealed = Ledger(root, "embed").get("sealed")
-        if sealed is not None:
-            return _full(root, spec, types, Facts(**standing["facts"]), sealed)
-    done = Ledger(root, "embed").names()
-    todo = [shard for shard in shards if shard.name not in done]
-    if todo:
-        with pool.team(partial(Embedder, spec, folder, root, types), on_progress, gpus=True) as team:
-            if standing is None:
-                facts: Facts = team.call(Resolve(shards[0]))
-                check_dims(spec, facts.full_dim)
-                log.info(
-                    "embed model=%s dim=%d precision=%s probe=%s",
-                    folder.name,
-                    facts.full_dim,
-                    facts.precision,
-                    facts.probe,
-                )
-                begun = {**fixed, **_resolved_fields(facts), "asked": _asked(spec), "facts": asdict(facts)}
-                standing = ledger.begin(root, begun)
-            facts = Facts(**standing["facts"])
-            for record in team.map([Work(shard, facts) for shard in todo]):
-                _log(record)
+    is_whole = partial(_is_whole, root)
+    names = [shard.name for shard in shards]
+    seal = book.slot(_seal(book.newest(names)), is_whole)
+    if seal.record is None:
+        slots = [book.slot(name, is_whole) for name in names]
+        todo = [(shard, slot.name) for shard, slot in zip(shards, slots, strict=True) if slot.record is None]
+        if todo:
+            with pool.team(partial(Embedder, spec, folder, root, types), on_progress, gpus=True) as team:
+                standing = standing or _begin(spec, team.call(Resolve(shards[0])), fixed, root)
+                _embed(todo, Facts(**standing["facts"]), team)
+            slots = [book.slot(name) for name in names]
+        seal = book.slot(_seal([slot.name for slot in slots]))
+        if seal.record is None:
+            seal = Slot(seal.name, book.add(seal.name, _sealed(spec, shards, slots, root)))
     assert standing is not None
-    return _publish(spec, shards, types, Facts(**standing["facts"]), root)
+    facts, sealed = Facts(**standing["facts"]), seal.done
+    info = documents_info(facts, spec)
+    schema = info.to_schema(documents_columns(spec, types, facts))
+    return Full(
+        version=store.commit(root, DOCUMENTS, schema, sealed["fragments"], afresh),
+        digest=sealed["digest"],
+        rows=sealed["rows"],
+        facts=facts,
+        info=info,
+        parts=sealed["parts"],
+        files=sealed["files"],
+        fragments=sealed["fragments"],
+        quarantine=sealed["quarantine"],
+        counters=sealed,
+    )
+
+
+def _seal(slots: Sequence[str]) -> str:
+    """Name of the record that joins these."""
+    return "sealed-" + hashlib.sha256("\n".join(slots).encode()).hexdigest()[:16]
+
+
+def _is_whole(root: Root, record: Record) -> bool:
+    kept = "quarantine" not in record or root.has(record["quarantine"])
+    return kept and store.is_whole(root, DOCUMENTS, record["fragments"])
+
+
+def _begin(spec: JobSpec, facts: Facts, fixed: Mapping[str, Any], root: Root) -> Record:
+    """Check what the first worker resolved and write down what the root is begun with."""
+    check_dims(spec, facts.full_dim)
+    log.info("embed model=%s dim=%d precision=%s probe=%s", facts.name, facts.full_dim, facts.precision, facts.probe)
+    begun = {**fixed, **_resolved_fields(facts), "asked": _asked(spec), "facts": asdict(facts)}
+    return ledger.begin(root, begun)
+
+
+def _embed(todo: Iterable[tuple[Shard, str]], facts: Facts, team: Team) -> None:
+    """Every shard once; one that ends its workers is searched for the rows that do, and done without them."""
+    works = [Work(shard, facts, slot) for shard, slot in todo]
+    died = []
+    for result in team.outcomes(works):
+        if isinstance(result, Died):
+            died.append(result)
+        else:
+            _log(result)
+    for one in died:
+        poison = _Hunt(team, one).rows()
+        log.warning("embed shard=%s rows=%s end a worker and are set aside", one.item.shard.name, sorted(poison))
+        (result,) = team.outcomes([Work(one.item.shard, facts, one.item.name, poison)])
+        if isinstance(result, Died):
+            raise PipelineError(f"{result.sentence}, also without the rows that end a worker by themselves; run again")
+        _log(result)
+
+
+class _Hunt:
+    """Looks for the rows that end a worker, by halving."""
+
+    def __init__(self, team: Team, died: Died) -> None:
+        self._team, self._died, self._left = team, died, MAX_TRIALS
+
+    def rows(self) -> dict[int, str]:
+        """Positions among the shard's usable texts, with the reason; PipelineError where no row is to blame."""
+        count = self._try(0, 0)
+        if isinstance(count, Died):
+            raise PipelineError(f"{count.sentence}, before any row of it was read; run again")
+        found = self._search(0, int(count))
+        if not found:
+            raise PipelineError(
+                f"{self._died.sentence}, and no single row does it: too little memory? Lower model.batch_tokens in "
+                "another root, or give a worker more memory, and run again"
+            )
+        return found
+
+    def _search(self, start: int, stop: int) -> dict[int, str]:
+        outcome = self._try(start, stop)
+        if not isinstance(outcome, Died):
+            return {}
+        if stop - start == 1:
+            return {start: f"ends the worker: {outcome.reason}"}
+        middle = (start + stop) // 2
+        return self._search(start, middle) | self._search(middle, stop)
+
+    def _try(self, start: int, stop: int) -> Any:
+        self._left -= 1
+        if self._left < 0:
+            raise PipelineError(f"{self._died.sentence}, and too many rows do it to look for all; run again")
+        work = self._died.item
+        (outcome,) = self._team.outcomes([Trial(work.shard, work.facts, start, stop)], tries=1)
+        return outcome
 
 
 def _fixed_fields(spec: JobSpec, folder: ModelFolder) -> dict[str, Any]:
     """Fingerprint fields known before a model is loaded."""
     return {
         "format": FORMAT,
+        "state_format": STATE_FORMAT,
         "model.digest": folder.digest,
         "embed.vectors": spec.embed.vectors,
-        "embed.parquet": spec.embed.parquet,
     }
 
 
@@ -151,54 +240,28 @@ def check_dims(spec: JobSpec, full_dim: int) -> None:
             )
 
 
-def _publish(
-    spec: JobSpec, shards: Sequence[Shard], types: Mapping[str, pa.DataType], facts: Facts, root: Path
-) -> Full:
-    """Check the budget, seal the stage, and publish it."""
-    book = Ledger(root, "embed")
-    records = [_required(book, shard) for shard in shards]
+def _sealed(spec: JobSpec, shards: Sequence[Shard], slots: Sequence[Slot], root: Root) -> Record:
+    """The record that ends the stage, from those of its shards; DataError where the budget is spent."""
+    records = [slot.done for slot in slots]
     reasons = sum((Counter(record["quarantined"]) for record in records), Counter[str]())
     rows.check_budget(spec.corpus, sum(shard.rows for shard in shards), reasons)
     total = sum(record["rows"] for record in records)
     if not total:
         raise DataError(f"no row could be embedded: {dict(reasons)}")
-    sealed = {
-        "shards": [shard.name for shard in shards],
-        "quarantine": hashlib.sha256(_quarantine(root, [shard.name for shard in shards])).hexdigest(),
+    aside = [row for record in records for row in record["set_aside"]]
+    return {
+        "quarantine": root.keep(parquet_bytes(pa.Table.from_pylist(aside, rows.QUARANTINE_SCHEMA))),
         "fragments": [fragment for record in records for fragment in record["fragments"]],
+        "files": {path: digest for record in records for path, digest in record["files"].items()},
+        "parts": [(record["rows"], record["digest"]) for record in records],
         "rows": total,
         "digest": combined_digest([record["digest"] for record in records]),
         "quarantined": dict(reasons),
         "repaired": sum(record["repaired"] for record in records),
         "seconds": round(sum(record["seconds"] for record in records), 3),
         "peak_memory_bytes": max(record["peak_memory_bytes"] for record in records),
-        "parquet": {record["parquet"]["path"]: record["parquet"]["sha256"] for record in records if record["parquet"]},
         **{name: sum(record[name] for record in records) for name in COUNTERS},
     }
-    return _full(root, spec, types, facts, book.add("sealed", sealed))
-
-
-def _quarantine(root: Path, shards: Sequence[str]) -> bytes:
-    """quarantine.parquet: what the shards set aside, in order."""
-    book = Ledger(root, "embed")
-    parts = [pq.read_table(book.file(f"{name}.quarantine.parquet")) for name in shards]
-    return parquet_bytes(pa.concat_tables(parts))
-
-
-def _required(book: Ledger, shard: Shard) -> Record:
-    record = book.get(shard.name)
-    assert record is not None, f"shard {shard.name} has no record after all work was done"
-    return record
-
-
-def _full(root: Path, spec: JobSpec, types: Mapping[str, pa.DataType], facts: Facts, sealed: Record) -> Full:
-    """Publish what is sealed, `documents` and quarantine.parquet, unless they hold just that already."""
-    aside = root / "quarantine.parquet"
-    if not aside.is_file() or store.sha256(aside) != sealed["quarantine"]:
-        store.write(aside, _quarantine(root, sealed["shards"]))
-    uri, info = store.table_uri(root, DOCUMENTS), documents_info(facts, spec)
-    version = store.commit(uri, info.to_schema(documents_columns(spec, types, facts)), sealed["fragments"])
-    return Full(uri, version, sealed["digest"], sealed["rows"], facts, info, sealed)
 
 
 def _log(record: Record) -> None:

@@ -1,4 +1,4 @@
-"""The worker's half of embedding: texts of a shard through the model, its fragment and Parquet file, its record.
+"""The worker's half of embedding: texts of a shard through the model, its fragment, its record.
 
 The model is loaded once. What was resolved on the first worker (`Facts`) holds for every shard.
 """
@@ -7,8 +7,7 @@ import io
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -22,6 +21,7 @@ from pipeline.errors import DataError
 from pipeline.ledger import Ledger, Record
 from pipeline.sources import Reader, Shard
 from pipeline.spec import JobSpec
+from pipeline.storage import Root
 from pipeline.tables import DOCUMENTS, TableInfo, documents_schema, logical_digest, vector_array
 from pipeline.workers import Progress, give_back_memory, peak_memory_bytes
 
@@ -56,22 +56,34 @@ class Resolve:
 
 @dataclass(frozen=True)
 class Work:
-    """One shard to embed as the facts say."""
+    """One shard to embed as the facts say; `name` is the slot of its record, `poison` rows that end a worker."""
 
     shard: Shard
     facts: Facts
+    name: str
+    poison: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Whether a worker lives through usable texts start … stop of a shard; nothing is kept."""
+
+    shard: Shard
+    facts: Facts
+    start: int
+    stop: int
 
     @property
     def name(self) -> str:
-        """Name of the shard's record."""
-        return self.shard.name
+        """What a log calls it."""
+        return f"{self.shard.name}[{self.start}:{self.stop}]"
 
 
 class Embedder:
     """Holds one model on one device and turns shards of text into fragments of vectors."""
 
     def __init__(
-        self, spec: JobSpec, folder: ModelFolder, root: Path, types: Mapping[str, pa.DataType], threads: int
+        self, spec: JobSpec, folder: ModelFolder, root: Root, types: Mapping[str, pa.DataType], threads: int
     ) -> None:
         """Load the model."""
         self.progress = Progress()
@@ -79,9 +91,11 @@ class Embedder:
         self._reader = Reader(rows.columns(spec.corpus))
         self.encoder = SentenceEncoder(folder, spec.model.max_tokens, None, threads)
 
-    def __call__(self, item: Resolve | Work) -> Any:
-        """The facts, or the record of a shard."""
-        return self._resolve(item.shard) if isinstance(item, Resolve) else self._embed(item.shard, item.facts)
+    def __call__(self, item: Resolve | Work | Trial) -> Any:
+        """The facts, the record of a shard, or how many texts it has."""
+        if isinstance(item, Resolve):
+            return self._resolve(item.shard)
+        return self._try(item) if isinstance(item, Trial) else self._work(item)
 
     def _resolve(self, shard: Shard) -> Facts:
         model, encoder = self._spec.model, self.encoder
@@ -129,7 +143,22 @@ class Embedder:
                 clean.drop(shard.dropped)
                 yield clean
 
-    def _embed(self, shard: Shard, facts: Facts) -> Record:
+    def _work(self, work: Work) -> Record:
+        book = Ledger(self._root, "embed")
+        standing = book.read(work.name)
+        return book.add(work.name, self._embed(work)) if standing is None else standing
+
+    def _try(self, trial: Trial) -> int:
+        self.encoder.use(trial.facts.precision)
+        texts = [text for batch in self._read(trial.shard) for text in batch.texts]
+        self._encode(texts[trial.start : trial.stop] or ["a"], trial.facts)
+        return len(texts)
+
+    def _encode(self, texts: Sequence[str], facts: Facts) -> Encoded:
+        return encode_rows(self.encoder, texts, "document", facts.prompts["document"], facts.batch_tokens, self._count)
+
+    def _embed(self, work: Work) -> Record:
+        shard, facts = work.shard, work.facts
         self.encoder.use(facts.precision)
         start = time.perf_counter()
         batches = list(self._read(shard))
@@ -138,36 +167,36 @@ class Embedder:
             raise DataError(
                 f"shard {shard.name} had {shard.rows} rows when it was scanned and has {seen} now; the corpus changed"
             )
-        texts = [text for batch in batches for text in batch.texts]
-        encoded = encode_rows(
-            self.encoder, texts, "document", facts.prompts["document"], facts.batch_tokens, self._count
-        )
+        places = 0
+        for batch in batches:
+            here = {at - places: why for at, why in work.poison.items() if 0 <= at - places < len(batch.ids)}
+            places += len(batch.ids)
+            batch.set_aside(here, "model_error")
+        encoded = self._encode([text for batch in batches for text in batch.texts], facts)
         table, rejected = self._tables(shard, batches, encoded, facts)
         schema = documents_info(facts, self._spec).to_schema(table.schema)
-        name = f"{shard.name}.quarantine.parquet"
-        book = Ledger(self._root, "embed")
-        store.write(book.file(name), parquet_bytes(rejected))
+        written = store.write_fragments(self._root, DOCUMENTS, table, schema, f"embed/{work.name}")
         record = {
             "shard": shard.number,
             "rows": table.num_rows,
-            "quarantined": dict(Counter(rejected["reason"].to_pylist())),
+            "set_aside": rejected,
+            "quarantined": dict(Counter(row["reason"] for row in rejected)),
             "repaired": sum(batch.repaired for batch in batches),
-            "fragments": store.write_fragments(store.table_uri(self._root, DOCUMENTS), table, schema),
+            **written.to_json(),
             "digest": logical_digest(table),
-            "parquet": self._parquet(shard, table) if self._spec.embed.parquet else None,
             "seconds": round(time.perf_counter() - start, 3),
             "peak_memory_bytes": peak_memory_bytes(),
             **{name: getattr(encoded, name) for name in COUNTERS},
         }
         give_back_memory()
-        return book.add(shard.name, record)
+        return record
 
     def _count(self, rows: int, tokens: int) -> None:
         self.progress = Progress(self.progress.rows + rows, self.progress.tokens + tokens)
 
     def _tables(
         self, shard: Shard, batches: Sequence[rows.Rows], encoded: Encoded, facts: Facts
-    ) -> tuple[pa.Table, pa.Table]:
+    ) -> tuple[pa.Table, list[Record]]:
         """The shard's rows of `documents`, and those set aside, each in row order."""
         corpus = self._spec.corpus
         schema = documents_columns(self._spec, self._types, facts)
@@ -194,16 +223,7 @@ class Embedder:
         aside += [_aside(shard, batch, *one) for batch in batches for one in batch.rejected]
         kept = sorted(set(range(table.num_rows)) - set(failed))
         table = table.take(pa.array(kept, pa.int64())) if failed else table
-        return table, pa.Table.from_pylist(sorted(aside, key=lambda one: one["row"]), rows.QUARANTINE_SCHEMA)
-
-    def _parquet(self, shard: Shard, table: pa.Table) -> Record:
-        """`parquet/documents/`: zstd, byte-stream-split vectors, no dictionary; one file per shard."""
-        path = Path("parquet") / DOCUMENTS / f"part-{shard.name}.parquet"
-        data = parquet_bytes(
-            table, use_dictionary=False, use_byte_stream_split=["vector.list.element"], row_group_size=8192
-        )
-        store.write(self._root / path, data)
-        return {"path": path.as_posix(), "sha256": store.sha256(self._root / path)}
+        return table, sorted(aside, key=lambda one: one["row"])
 
 
 COUNTERS = ("tokens", "padded_tokens", "cut_rows", "cut_tokens", "halvings", "renormalised")

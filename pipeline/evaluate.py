@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from pipeline.levels import Hits, View, best_of, joined, ranked_columns
 from pipeline.metrics import METRICS, interval, judged, recall_exact, without_own
 from pipeline.search import QUERIES_AT_ONCE, Index, Level
 from pipeline.spec import Evaluate
+from pipeline.storage import Root
 from pipeline.tables import DOCUMENTS, vector_matrix
 from pipeline.vectors import Matrix, unit
 
@@ -108,7 +108,7 @@ class Measured:
     examples: pl.DataFrame
 
 
-def run(settings: Evaluate, index: Index, seed: int, root: Path) -> Measured:
+def run(settings: Evaluate, index: Index, seed: int, root: Root) -> Measured:
     """Sweep every prefix table x shortlist x (alone | rescored | cascade), the job's cascade, and exact search."""
     questions = _questions(settings, index, seed, root)
     sweep = _sweep(index, settings)
@@ -139,7 +139,7 @@ def check_floor(settings: Evaluate, measured: pl.DataFrame) -> None:
         )
 
 
-def _questions(settings: Evaluate, index: Index, seed: int, root: Path) -> Questions:
+def _questions(settings: Evaluate, index: Index, seed: int, root: Root) -> Questions:
     if settings.queries is None:
         return _from_corpus(index, seed)
     asked = files.read_queries(settings.queries)

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,17 +21,21 @@ from pipeline import adaptor, probe, rotation, store
 from pipeline.errors import SpecError
 from pipeline.ledger import Ledger, Record
 from pipeline.spec import JobSpec, Prefix
+from pipeline.storage import Root
 from pipeline.tables import (
+    DOCUMENTS,
     FORMAT,
+    METADATA_KEY,
     PARAMETERS,
     Fits,
     FittedPrefix,
     Parent,
     TableInfo,
+    logical_digest,
     parameters_schema,
     vector_matrix,
 )
-from pipeline.transform import Moments, Transform, digest, order, pca
+from pipeline.transform import Moments, Transform, order, pca
 from pipeline.vectors import Codec, Magnitudes, Matrix, int8_scale, truncate, unit
 
 log = logging.getLogger(__name__)
@@ -53,39 +56,48 @@ def no_queries() -> None:
 
 
 def run(
-    spec: JobSpec, parent: Parent, declared: Sequence[int] | None, root: Path, queries: OnQueries = no_queries
+    spec: JobSpec,
+    parent: Parent,
+    declared: Sequence[int] | None,
+    root: Root,
+    queries: OnQueries = no_queries,
+    afresh: bool = False,
 ) -> Fits:
     """Fit what is missing; `declared` are the dims that the model says it was trained for.
 
     `transform: auto` follows the probe: `none` for prefixes that hold, else the learned adaptor where it beats PCA on
     held-out rows, else PCA. Signs are taken of a PCA where numbers go through the adaptor: they measured better.
-    SpecError for a spec that insists on `none` against the measurement.
+    `afresh` publishes `parameters` again. SpecError for a spec that insists on `none` against the measurement.
     """
-    sample = _Sample(parent, spec.seed, spec.transform.sample_rows)
+    sample = _Sample(parent, root, spec.seed, spec.transform.sample_rows)
     with threadpool_limits(1):  # eigh differs in its last bits with the number of threads
-        fitting = _Fitting(sample, Ledger(root, "fit"), tuple(declared or ()), queries)
+        fitting = _Fitting(sample, root, tuple(declared or ()), queries)
         decision = fitting.decision(spec)
         fitted = {prefix.table: _fit_prefix(prefix, decision["kind"], fitting) for prefix in spec.prefixes}
     artefacts = {name: artefact for one in fitted.values() for name, artefact in one.artefacts().items()}
-    version = _write_parameters(root, artefacts, parent.info)
-    return Fits(fitted, version, tuple(sorted(artefacts)), decision)
+    version, record = _write_parameters(root, artefacts, parent.info, afresh)
+    return Fits(fitted, version, tuple(sorted(artefacts)), decision, record)
 
 
 class _Sample:
-    """Seeded rows of `documents`, read again for each pass."""
+    """Seeded rows of `documents`, read again for each pass; files are compared with what was written first."""
 
-    def __init__(self, parent: Parent, seed: int, size: int) -> None:
-        self.parent, self.seed = parent, seed
+    def __init__(self, parent: Parent, root: Root, seed: int, size: int) -> None:
+        self.parent, self.seed, self._root = parent, seed, root
         self.key = f"{FORMAT} {parent.digest} {seed} {size}"
         self.rows = min(size, parent.rows)
         self._chosen: NDArray[np.int64] | None = None
         if size < parent.rows:
             self._chosen = np.sort(np.random.default_rng(seed).choice(parent.rows, size, replace=False))
 
+    @cached_property
+    def _documents(self) -> store.Table:
+        store.check_files(self._root, DOCUMENTS, self.parent.files)
+        return store.open_table(self.parent.uri, self.parent.version)
+
     def __iter__(self) -> Iterator[Matrix]:
-        table = store.open_table(self.parent.uri, self.parent.version)
         if self._chosen is None:
-            for batch in table.scanner(columns=["vector"], batch_size=BATCH_ROWS).to_batches():
+            for batch in self._documents.scanner(columns=["vector"], batch_size=BATCH_ROWS).to_batches():
                 yield unit(vector_matrix(batch.column("vector")))
             return
         for start in range(0, self.rows, BATCH_ROWS):
@@ -112,8 +124,7 @@ class _Sample:
         return self.part(left)
 
     def _taken(self, offsets: NDArray[np.int64]) -> Matrix:
-        table = store.open_table(self.parent.uri, self.parent.version)
-        return unit(vector_matrix(table.take(pa.array(offsets), columns=["vector"]).column("vector")))
+        return unit(vector_matrix(self._documents.take(pa.array(offsets), columns=["vector"]).column("vector")))
 
 
 @dataclass
@@ -121,9 +132,14 @@ class _Fitting:
     """Everything that is learned from one sample, each once: what has a record is not fitted again."""
 
     sample: _Sample
-    ledger: Ledger
+    root: Root
     declared: tuple[int, ...]
     queries: OnQueries
+
+    @property
+    def ledger(self) -> Ledger:
+        """Records of everything learned."""
+        return Ledger(self.root, "fit")
 
     @cached_property
     def moments(self) -> Moments:
@@ -167,15 +183,20 @@ class _Fitting:
         if kind == "none":
             return Transform()
         name = f"{kind}-{_key(self.sample.key, str(self.ladder) if kind == 'adaptor' else '')}"
-        path = self.ledger.file(f"{name}.npy")
-        if self.ledger.get(name) is None:
+        return Transform.unstacked(kind, self.kept_matrix(name, lambda: self._learn(kind).stacked()))
+
+    def kept_matrix(self, name: str, learn: Callable[[], Matrix]) -> Matrix:
+        """A matrix that is learned once."""
+
+        def made() -> Record:
             start = time.perf_counter()
-            made = self._learn(kind)
-            store.write(path, store.npy(made.stacked()))
+            matrix = learn()
             seconds = round(time.perf_counter() - start, 3)
-            self.ledger.add(name, {"digest": made.digest(), "sample_rows": self.sample.rows, "seconds": seconds})
-            log.info("fit transform=%s sample_rows=%d seconds=%.1f", kind, self.sample.rows, seconds)
-        return Transform.unstacked(kind, np.load(path))
+            log.info("fit made=%s sample_rows=%d seconds=%.1f", name, self.sample.rows, seconds)
+            return {"kept": self.root.keep(store.npy(matrix)), "sample_rows": self.sample.rows, "seconds": seconds}
+
+        record = self.ledger.once(name, made, lambda record: self.root.has(record["kept"]))
+        return np.asarray(store.from_npy(self.root.kept(record["kept"])))
 
     def _learn(self, kind: str) -> Transform:
         if kind == "adaptor":
@@ -193,7 +214,7 @@ class _Fitting:
         wanted = sorted({prefix.dim for prefix in spec.prefixes})
         settings = spec.transform
         name = f"decision-{_key(self.sample.key, settings.kind, str(self.declared), str(wanted))}"
-        record = self.ledger.get(name) or self.ledger.add(name, self._decide(settings.kind, wanted))
+        record = self.ledger.once(name, lambda: self._decide(settings.kind, wanted))
         verdict = record["verdict"]
         log.info("fit verdict=%s because=%s", verdict["says"].replace(" ", "_"), verdict["because"])
         if settings.kind == "none" and verdict["says"] == "not trained" and not settings.accept_loss:
@@ -274,46 +295,48 @@ def _fit_prefix(prefix: Prefix, kind: str, fitting: _Fitting) -> FittedPrefix:
 
 def _scale(prefix: Prefix, transform: Transform, fitting: _Fitting) -> Matrix:
     key = f"{prefix.table}-{_key(fitting.sample.key, str(transform.digest()), str(INT8_PERCENTILE))}"
-    record = fitting.ledger.get(key)
-    if record is None:
+
+    def learn() -> Matrix:
         magnitudes = Magnitudes(prefix.dim)
         for vectors in fitting.sample:
             magnitudes.add(truncate(transform.apply(vectors), prefix.dim))
-        scale = int8_scale(magnitudes.percentile(INT8_PERCENTILE))
-        record = fitting.ledger.add(key, {"scale": [float(str(step)) for step in scale]})
-    return np.array(record["scale"], np.float32)
+        return int8_scale(magnitudes.percentile(INT8_PERCENTILE))
+
+    return fitting.kept_matrix(key, learn)
 
 
 def _rotation(prefix: Prefix, transform: Transform, fitting: _Fitting) -> Matrix:
     sample = fitting.sample
     key = f"{prefix.table}-{_key(sample.key, str(transform.digest()), prefix.rotation)}"
-    path = fitting.ledger.file(f"{key}.npy")
-    if fitting.ledger.get(key) is None:
+
+    def learn() -> Matrix:
         if prefix.rotation == "random":
-            matrix = rotation.random(prefix.dim, sample.seed)
-        else:
-            learn = rotation.itq if prefix.rotation == "itq" else rotation.whitened_itq
-            matrix = learn(truncate(transform.apply(fitting.rotation_rows), prefix.dim), sample.seed)
-        store.write(path, store.npy(matrix))
-        fitting.ledger.add(key, {"digest": digest("rotation", matrix)})
-    return np.asarray(np.load(path))
+            return rotation.random(prefix.dim, sample.seed)
+        way = rotation.itq if prefix.rotation == "itq" else rotation.whitened_itq
+        return way(truncate(transform.apply(fitting.rotation_rows), prefix.dim), sample.seed)
+
+    return fitting.kept_matrix(key, learn)
 
 
 def _key(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def _write_parameters(root: Path, artefacts: Mapping[str, tuple[str, Matrix]], info: TableInfo) -> int:
-    """Keep the fitted matrices where every reader finds them; the table's version."""
-    uri = store.table_uri(root, PARAMETERS)
+def _write_parameters(
+    root: Root, artefacts: Mapping[str, tuple[str, Matrix]], info: TableInfo, afresh: bool
+) -> tuple[int, Record]:
+    """Keep the fitted matrices where every reader finds them; the table's version and the record of its files."""
     schema = parameters_schema(info)
-    if store.table_exists(uri):
-        current = store.open_table(uri)
-        if set(current.to_table(columns=["digest"]).column("digest").to_pylist()) == set(artefacts):
-            return int(current.version)
-    rows: list[dict[str, Any]] = [
-        {"digest": key, "kind": kind, "rows": len(values), "cols": values.shape[1], "values": values.ravel()}
-        for key, (kind, values) in sorted(artefacts.items())
-    ]
-    table = pa.Table.from_pylist(rows, schema)
-    return store.commit(uri, schema, store.write_fragments(uri, table, schema))
+    book = Ledger(root, "parameters")
+    name = _key(*sorted(artefacts), schema.metadata[METADATA_KEY].decode())
+    slot = book.slot(name, lambda record: store.is_whole(root, PARAMETERS, record["fragments"]))
+    record = slot.record
+    if record is None:
+        rows: list[dict[str, Any]] = [
+            {"digest": key, "kind": kind, "rows": len(values), "cols": values.shape[1], "values": values.ravel()}
+            for key, (kind, values) in sorted(artefacts.items())
+        ]
+        table = pa.Table.from_pylist(rows, schema)
+        written = store.write_fragments(root, PARAMETERS, table, schema, f"parameters/{slot.name}")
+        record = book.add(slot.name, {"rows": len(rows), "digest": logical_digest(table), **written.to_json()})
+    return store.commit(root, PARAMETERS, schema, record["fragments"], afresh), record

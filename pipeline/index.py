@@ -8,7 +8,6 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import lancedb
@@ -18,6 +17,7 @@ from lancedb.index import BTree, HnswSq, IvfFlat, IvfRq, IvfSq
 from pipeline import store
 from pipeline.errors import PipelineError
 from pipeline.spec import Index, IndexKind, Prefix
+from pipeline.storage import Root
 from pipeline.tables import DOCUMENTS, vector_matrix
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class Indexed:
     index: Mapping[str, Any] | None
 
 
-def run(settings: Index, prefixes: Sequence[Prefix], rows: int, root: Path) -> dict[str, Indexed]:
+def run(settings: Index, prefixes: Sequence[Prefix], rows: int, root: Root) -> dict[str, Indexed]:
     """Build what is missing. PipelineError where an index is incomplete or not used."""
     database = lancedb.connect(str(root / "lancedb"))
     documents = database.open_table(DOCUMENTS)
@@ -45,11 +45,13 @@ def run(settings: Index, prefixes: Sequence[Prefix], rows: int, root: Path) -> d
         if (column,) not in built:
             documents.create_index(column, config=BTree())
     _check_complete(documents)
+    store.sync_table(root, DOCUMENTS)
     done = {DOCUMENTS: Indexed(int(documents.version), None)}
     for prefix in prefixes:
         kind, why = choose(prefix, settings, rows)
         log.info("index table=%s kind=%s because=%s", prefix.table, kind, why)
         done[prefix.table] = _ann(database.open_table(prefix.table), prefix, kind, rows, root)
+        store.sync_table(root, prefix.table)
     return done
 
 
@@ -71,7 +73,7 @@ def partitions(rows: int) -> int:
     return int(min(4096, max(1, 2 ** round(math.log2(max(rows, 1)) / 2))))
 
 
-def _ann(table: Any, prefix: Prefix, kind: IndexKind, rows: int, root: Path) -> Indexed:
+def _ann(table: Any, prefix: Prefix, kind: IndexKind, rows: int, root: Root) -> Indexed:
     existing = [found for found in table.list_indices() if list(found.columns) == ["vector"]]
     if kind == "none":
         for found in existing:
@@ -109,7 +111,7 @@ def _check_complete(table: Any) -> None:
             raise PipelineError(f"index {found.name} of {table.name} misses {left} rows after its build; run again")
 
 
-def _check_used(prefix: Prefix, version: int, index: Mapping[str, Any], root: Path) -> None:
+def _check_used(prefix: Prefix, version: int, index: Mapping[str, Any], root: Root) -> None:
     """A wrong metric or type makes Lance scan without a word; the plan tells."""
     table = store.open_table(store.table_uri(root, prefix.table), version)
     query = vector_matrix(table.take([0], columns=["vector"]).column("vector"))[0]

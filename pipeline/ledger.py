@@ -1,81 +1,147 @@
 """What is done. A piece of work is done when its record is; a root keeps to what it was begun with.
 
 `_state/job.json` holds the fingerprint: every setting that changes what the stored vectors mean.
-`_state/<stage>/<key>/<name>.json` are records, each made once and never changed.
+`_state/<stage>/<key>/<name>.json` are records, each made once and never changed or removed. Work that was lost or
+damaged afterwards is done again under the next edition of its name (`<name>~1`), so that a name which stands
+once never opens again to a job that was given up.
 """
 
-import hashlib
 import json
-from collections.abc import Mapping
-from pathlib import Path
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
-from pipeline import store
-from pipeline.errors import StaleError
+from pipeline.errors import DamageError, StaleError
+from pipeline.storage import STATE, Root, read_signed, signed, to_json
+
+log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
+JOB, JOB_COPY = f"{STATE}/job.json", f"{STATE}/job.copy.json"
+"""What cannot be made again stands twice."""
+GENERATIONS, MANIFEST = "generations", "manifest.json"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where the record of a piece of work belongs, and the record, or None where the work is to be done."""
+
+    name: str
+    record: Record | None = None
+
+    @property
+    def done(self) -> Record:
+        """The record of finished work."""
+        assert self.record is not None, f"{self.name} has no record after all work was done"
+        return self.record
 
 
 class Ledger:
     """Records of one stage under one key; another key is another job."""
 
-    def __init__(self, root: Path, stage: str, key: str = "") -> None:
-        self.folder = root / "_state" / stage / key if key else root / "_state" / stage
+    def __init__(self, root: Root, stage: str, key: str = "") -> None:
+        self.root = root
+        self.folder = f"{STATE}/{stage}/{key}" if key else f"{STATE}/{stage}"
 
-    def add(self, name: str, record: Record) -> Record:
-        """Make a record unless there is one; the record that stands."""
-        path = self.folder / f"{name}.json"
-        if store.create(path, store.to_json(record)):
-            return record
-        found = store.read_json(path)
+    def add(self, slot: str, record: Record) -> Record:
+        """Make the record of a slot unless it stands; the one that stands."""
+        name = f"{self.folder}/{slot}.json"
+        self.root.create(name, to_json(signed(record)))
+        found = self.read(slot)
         assert found is not None
-        return dict(found)
+        return found
+
+    def read(self, slot: str) -> Record | None:
+        """The record of a slot; None where there is none, DamageError where it changed since it was made."""
+        found = read_signed(self.root, f"{self.folder}/{slot}.json")
+        return None if found is None else {name: value for name, value in found.items() if name != "checksum"}
+
+    def slot(self, name: str, is_sound: Callable[[Record], bool] = lambda record: True) -> Slot:
+        """The newest edition of a piece of work; the next one where its record is damaged or not sound."""
+        edition = 0
+        while self.root.size(f"{self.folder}/{_edition(name, edition + 1)}.json") is not None:
+            edition += 1
+        try:
+            record = self.read(_edition(name, edition))
+        except DamageError as error:
+            log.warning("ledger redo=%s because=%s", name, error)
+            return Slot(_edition(name, edition + 1))
+        if record is None:
+            return Slot(_edition(name, edition))
+        if not is_sound(record):
+            log.warning("ledger redo=%s because what it names is gone or damaged", name)
+            return Slot(_edition(name, edition + 1))
+        return Slot(_edition(name, edition), record)
 
     def get(self, name: str) -> Record | None:
-        """One record, or None where the work is not done."""
-        found = store.read_json(self.folder / f"{name}.json")
-        return None if found is None else dict(found)
+        """The record of a piece of work that is done; None where it is not."""
+        return self.slot(name).record
 
-    def drop(self, name: str) -> None:
-        """Forget a record whose work is lost."""
-        (self.folder / f"{name}.json").unlink()
+    def once(
+        self, name: str, make: Callable[[], Record], is_sound: Callable[[Record], bool] = lambda record: True
+    ) -> Record:
+        """The record of a piece of work, which is done now where it is not done yet."""
+        slot = self.slot(name, is_sound)
+        return slot.record if slot.record is not None else self.add(slot.name, make())
+
+    def newest(self, names: Iterable[str]) -> list[str]:
+        """The newest slot of each name, by the names of records alone (none is read)."""
+        editions: dict[str, int] = {}
+        for file in self.root.names(self.folder):
+            if file.endswith(".json"):
+                name, _, edition = file.removesuffix(".json").partition("~")
+                editions[name] = max(editions.get(name, 0), int(edition or 0))
+        return [_edition(name, editions.get(name, 0)) for name in names]
 
     def names(self) -> set[str]:
-        """Names of everything that is done."""
-        if not self.folder.is_dir():
-            return set()
-        return {path.stem for path in self.folder.iterdir() if path.suffix == ".json" and not path.name.startswith(".")}
-
-    def file(self, name: str) -> Path:
-        """Where a file that belongs to a record lies."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return self.folder / name
+        """Names of everything that has a record."""
+        files = self.root.names(self.folder)
+        return {file.removesuffix(".json").partition("~")[0] for file in files if file.endswith(".json")}
 
 
-def begun(root: Path) -> Record | None:
+def _edition(name: str, number: int) -> str:
+    return f"{name}~{number}" if number else name
+
+
+def begun(root: Root) -> Record | None:
     """What the root was begun with; None for a fresh one."""
-    found = store.read_json(root / "_state" / "job.json")
-    return None if found is None else dict(found)
+    with suppress(DamageError):
+        found = read_signed(root, JOB)
+        if found is not None:
+            return found
+    return read_signed(root, JOB_COPY)
 
 
-def begin(root: Path, fingerprint: Mapping[str, Any]) -> Record:
+def restore(root: Root) -> None:
+    """Make both copies of what the root was begun with from the one that is left."""
+    standing = begun(root)
+    if standing is not None:
+        for name in (JOB_COPY, JOB):
+            root.create(name, to_json(signed(standing)))
+
+
+def begin(root: Root, fingerprint: Mapping[str, Any]) -> Record:
     """Begin a root, or go on with it; StaleError where it was begun otherwise."""
-    wanted = store.to_json(dict(fingerprint))
-    store.create(root / "_state" / "job.json", wanted)
+    wanted = json.loads(to_json(dict(fingerprint)))
+    root.create(JOB_COPY, to_json(signed(wanted)))
+    restore(root)
     standing = begun(root)
     assert standing is not None
-    refuse_changes(root, standing, json.loads(wanted))
+    refuse_changes(root, standing, wanted)
     return standing
 
 
-def refuse_changes(root: Path, standing: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def refuse_changes(root: Root, standing: Mapping[str, Any], wanted: Mapping[str, Any], summary: str = "") -> None:
     """Raise StaleError where a wanted field differs from the standing one; fields not wanted are not compared."""
     changed = [field for field in wanted if standing.get(field) != wanted[field]]
     if changed:
         first = changed[0]
         others = f" (also {', '.join(changed[1:])})" if changed[1:] else ""
+        others += f": {summary}" if summary else ""
         raise StaleError(
-            f"{root} was begun with another {first}: {_shown(standing.get(first))} then, "
+            f"{root.path} was begun with another {first}: {_shown(standing.get(first))} then, "
             f"{_shown(wanted[first])} now{others}; set it back, or choose another root"
         )
 
@@ -85,36 +151,45 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def newest_generation(root: Path) -> dict[str, Any] | None:
-    """The last published generation; None where nothing was finished."""
-    folder = root / "generations"
-    numbers = [int(path.stem) for path in folder.glob("*.json") if path.stem.isdigit()] if folder.is_dir() else []
-    if not numbers:
-        return None
-    found = store.read_json(folder / f"{max(numbers)}.json")
-    assert found is not None
-    return dict(found)
+def newest_generation(root: Root) -> Record | None:
+    """The last published generation; None where nothing was finished, DamageError where one was changed since.
+
+    One with a lower fencing number than an earlier one was published by a job that had been given up: it is void.
+    """
+    newest: Record | None = None
+    for number in generation_numbers(root):
+        found = read_signed(root, f"{GENERATIONS}/{number}.json")
+        if found is not None and (newest is None or found["fence"] >= newest["fence"]):
+            newest = found
+    return newest
 
 
-def publish(root: Path, generation: Mapping[str, Any]) -> dict[str, Any]:
-    """Make the next generation, put-if-absent, and copy it to manifest.json."""
-    last = newest_generation(root)
-    number = 1 if last is None else int(last["generation"]) + 1
-    body = {**generation, "generation": number}
-    body["checksum"] = checksum(body)
-    if not store.create(root / "generations" / f"{number}.json", store.to_json(body)):
-        raise StaleError(f"{root}: generation {number} was published by another job meanwhile; run again")
-    copy_to_manifest(root, body)
-    return body
+def generation_numbers(root: Root) -> list[int]:
+    """Numbers of everything published, ascending."""
+    names = [name.removesuffix(".json") for name in root.names(GENERATIONS) if name.endswith(".json")]
+    return sorted(int(name) for name in names if name.isdigit())
 
 
-def copy_to_manifest(root: Path, generation: Mapping[str, Any]) -> None:
-    """Make manifest.json a copy of the newest generation, unless it is one."""
-    path, wanted = root / "manifest.json", store.to_json(dict(generation))
-    if not path.is_file() or path.read_bytes() != wanted:
-        store.write(path, wanted)
+def publish(held: Root, generation: Mapping[str, Any]) -> Record:
+    """Make the next generation, put-if-absent, under the holder's fencing number."""
+    while True:  # ends: each turn that fails means that another file was made
+        number = max(generation_numbers(held), default=0) + 1
+        data = to_json(signed({**generation, "generation": number, "fence": held.fence}))
+        if held.create(f"{GENERATIONS}/{number}.json", data):
+            return dict(json.loads(data))
 
 
-def checksum(generation: Mapping[str, Any]) -> str:
-    """sha256 over a generation's canonical JSON without its checksum."""
-    return hashlib.sha256(store.to_json({k: v for k, v in generation.items() if k != "checksum"})).hexdigest()
+def settle(root: Root) -> None:
+    """Bring manifest.json and the files beside it to what the newest generation says.
+
+    Looks again after writing: a job that was given up may have put back what it knew.
+    """
+    while (newest := newest_generation(root)) is not None:
+        wanted = {name: newest["files"][name] for name in newest["copies"]}
+        changed = [name for name, digest in wanted.items() if root.read(name) != root.kept(digest)]
+        for name in changed:
+            root.write(name, root.kept(wanted[name]))
+        manifest = to_json(newest)
+        if root.read(MANIFEST) == manifest and not changed:
+            return
+        root.write(MANIFEST, manifest)

@@ -39,6 +39,7 @@ from pipeline.figures import (
 from pipeline.sample import draw, positions, stored
 from pipeline.sources import Part, Shard, SourceFile
 from pipeline.spec import JobSpec
+from pipeline.storage import Root
 from pipeline.transform import Moments, pca
 from pipeline.vectors import Matrix
 
@@ -87,7 +88,7 @@ def run(spec: JobSpec, price: float | None = None) -> Plan:
 def _embedded(spec: JobSpec, folder: models.ModelFolder, files: Sequence[SourceFile], texts: Sequence[str]) -> Embedded:
     """Seeded texts through the model, resolved on the corpus' first rows as the job does it."""
     bare = spec.model_copy(update={"corpus": spec.corpus.model_copy(update={"keep": (), "filter": ()})})
-    worker = Embedder(bare, folder, Path(spec.root), {}, len(os.sched_getaffinity(0)))
+    worker = Embedder(bare, folder, Root(Path(spec.root)), {}, len(os.sched_getaffinity(0)))
     first = tuple(Part(file, 0, PROBE_ROWS, 0) for file in files[:PROBE_ROWS])
     facts: Facts = worker(Resolve(Shard(0, 0, PROBE_ROWS, first)))
     embed.check_dims(spec, facts.full_dim)

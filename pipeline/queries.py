@@ -13,8 +13,9 @@ import polars as pl
 
 from pipeline import store
 from pipeline.errors import DataError, QueryError, SpecError
-from pipeline.ledger import Ledger
+from pipeline.ledger import Ledger, Record
 from pipeline.spec import Evaluate
+from pipeline.storage import Root, to_json
 from pipeline.tables import TableInfo
 from pipeline.vectors import Matrix
 
@@ -112,20 +113,20 @@ def read_qrels(path: str) -> dict[str, dict[str, int]]:
 
 
 def embedded(
-    where: str, texts: Sequence[str], info: TableInfo, root: Path, encode: Callable[[Sequence[str]], Matrix]
+    where: str, texts: Sequence[str], info: TableInfo, root: Root, encode: Callable[[Sequence[str]], Matrix]
 ) -> Matrix:
     """Vectors of a file's queries, float32[n, full_dim], embedded once per text, model and prompt.
 
     `where` names the file in a DataError.
     """
     basis = [info.model_digest, info.max_tokens, info.prompts["query"], *texts]
-    key = hashlib.sha256(store.to_json(basis)).hexdigest()[:32]
-    file = Ledger(root, "queries").file(f"{key}.npy")
-    if file.is_file():
-        return np.asarray(np.load(file))
-    try:
-        vectors = encode(texts)
-    except QueryError as error:
-        raise DataError(f"{where}: {error}") from None
-    store.write(file, store.npy(vectors))
-    return vectors
+    key = hashlib.sha256(to_json(basis)).hexdigest()[:32]
+
+    def made() -> Record:
+        try:
+            return {"kept": root.keep(store.npy(encode(texts)))}
+        except QueryError as error:
+            raise DataError(f"{where}: {error}") from None
+
+    record = Ledger(root, "queries").once(key, made, lambda record: root.has(record["kept"]))
+    return np.asarray(store.from_npy(root.kept(record["kept"])))

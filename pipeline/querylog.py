@@ -5,15 +5,15 @@ Rows are only ever added, so that drift shows.
 
 import io
 from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
 import polars as pl
 
-from pipeline import queries, store
+from pipeline import queries
 from pipeline.evaluate import Setting, timed
 from pipeline.metrics import interval, recall_exact
 from pipeline.search import Index
+from pipeline.storage import Root
 
 NAME = "query_log.parquet"
 SCHEMA = pl.Schema(
@@ -33,7 +33,7 @@ SCHEMA = pl.Schema(
 )
 
 
-def run(path: str, index: Index, k: int, seed: int, root: Path) -> pl.DataFrame:
+def run(path: str, index: Index, k: int, seed: int, root: Root) -> pl.DataFrame:
     """Measure the queries of a file (`_id, text`), append a row to query_log.parquet; the whole log, newest last.
 
     The caller holds the root's lock. SpecError or DataError for a file that cannot be used.
@@ -59,10 +59,10 @@ def run(path: str, index: Index, k: int, seed: int, root: Path) -> pl.DataFrame:
         "median_ms": float(np.median(seconds)) * 1000,
         "p95_ms": float(np.percentile(seconds, 95)) * 1000,
     }
-    file = root / NAME
-    before = [pl.read_parquet(file, glob=False)] if file.is_file() else []
+    written = root.read(NAME)
+    before = [] if written is None else [pl.read_parquet(written)]
     log = pl.concat([*before, pl.DataFrame([row], schema=SCHEMA)])
     buffer = io.BytesIO()
     log.write_parquet(buffer)
-    store.write(file, buffer.getvalue())
+    root.write(NAME, buffer.getvalue())
     return log

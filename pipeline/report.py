@@ -12,10 +12,11 @@ from typing import Any
 import polars as pl
 import yaml
 
-from pipeline import ledger, plots, querylog, store
+from pipeline import ledger, plots, querylog
 from pipeline.errors import StaleError
 from pipeline.html import Example, Grid, Hit, Page, Section, grid, render
 from pipeline.metrics import METRICS
+from pipeline.storage import Root, sha256
 from pipeline.tables import DOCUMENTS, PARAMETERS
 
 FILE = "report.html"
@@ -39,21 +40,20 @@ class Facts:
     query_log: pl.DataFrame | None
 
 
-def run(root: Path) -> Path:
+def run(root: Root) -> Path:
     """Write the page of the root's newest generation; StaleError where none is finished."""
-    path = root / FILE
-    store.write(path, page(read(root)).encode())
-    return path
+    root.write(FILE, page(read(root)).encode())
+    return root / FILE
 
 
-def read(root: Path) -> Facts:
+def read(root: Root) -> Facts:
     """The facts of the newest generation; StaleError where there is none, or where its files are gone."""
     generation = ledger.newest_generation(root)
     if generation is None:
-        raise StaleError(f"{root} has no finished generation; run the job first")
+        raise StaleError(f"{root.path} has no finished generation; run the job first")
     for name in ("evaluation.parquet", "rankings.parquet", "examples.parquet", "quarantine.parquet"):
         path = root / name
-        if not path.is_file() or store.sha256(path) != generation["files"].get(name):
+        if not path.is_file() or sha256(path) != generation["files"].get(name):
             raise StaleError(f"{path} is not what generation {generation['generation']} was published with; run again")
     timed = pl.scan_parquet(root / "rankings.parquet", glob=False).group_by("setting").agg(pl.col("seconds").count())
     quarantine = pl.scan_parquet(root / "quarantine.parquet", glob=False)

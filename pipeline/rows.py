@@ -60,9 +60,13 @@ class Rows:
     def drop(self, repeated: frozenset[int]) -> None:
         """Set aside the rows whose text an earlier row already has."""
         gone = [at for at, offset in enumerate(self.offsets) if self.first_row + offset in repeated] if repeated else []
+        self.set_aside(dict.fromkeys(gone, ""), "duplicate_text")
+
+    def set_aside(self, gone: Mapping[int, str], reason: str) -> None:
+        """Set aside usable rows by position, each with a detail."""
         if not gone:
             return
-        self.rejected += [(self.offsets[at], self.ids[at], "duplicate_text", "") for at in gone]
+        self.rejected += [(self.offsets[at], self.ids[at], reason, detail) for at, detail in gone.items()]
         kept = sorted(set(range(len(self.ids))) - set(gone))
         self.offsets, self.ids = [self.offsets[at] for at in kept], [self.ids[at] for at in kept]
         self.texts, self.digests = [self.texts[at] for at in kept], [self.digests[at] for at in kept]

@@ -5,6 +5,7 @@ A finished stage is skipped; a rerun with nothing to do does nothing and says so
 
 import hashlib
 import io
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,13 +15,30 @@ from typing import Any, Literal, get_args
 
 import polars as pl
 
-from pipeline import corpus, derive, embed, evaluate, fit, index, ledger, plan, queries, report, store
+from pipeline import (
+    corpus,
+    derive,
+    embed,
+    evaluate,
+    export,
+    fit,
+    index,
+    ledger,
+    lock,
+    plan,
+    queries,
+    repair,
+    report,
+    storage,
+    store,
+)
 from pipeline.embedder import COUNTERS
 from pipeline.encoders import models
 from pipeline.encoders.queries import QueryEncoder
-from pipeline.errors import DataError, SpecError
+from pipeline.errors import DamageError, SpecError
 from pipeline.search import Index
 from pipeline.spec import JobSpec
+from pipeline.storage import Root
 from pipeline.tables import DOCUMENTS, FORMAT, PARAMETERS, Fits, Parent, TableInfo
 from pipeline.workers import Pool, Progress, peak_memory_bytes
 
@@ -28,6 +46,7 @@ log = logging.getLogger(__name__)
 
 Stage = Literal["corpus", "embed", "fit", "derive", "index", "evaluate", "report"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
+QUARANTINE = "quarantine.parquet"
 MEASURED = ("evaluation.parquet", "rankings.parquet", "examples.parquet")
 OnStage = Callable[[str, int | None, Progress], None]
 """Told the stage, its rows in all (None: not known yet) and what is finished of them."""
@@ -50,27 +69,28 @@ def run(spec: JobSpec, first: Stage = "corpus", last: Stage = "report", on_stage
     """
     if STAGES.index(first) > STAGES.index(last):
         raise SpecError(f"--from {first} comes after --until {last}; the order is {', '.join(STAGES)}")
-    root = Path(spec.root)
+    root = Root(Path(spec.root))
     folder = check(spec)
-    store.prepare_root(root)
-    with store.lock(root), Pool(spec.workers) as pool:
-        return _Run(spec, root, folder, pool, on_stage).go(first, last)
+    storage.prepare(root)
+    with lock.lock(root) as held, Pool(spec.workers) as pool:
+        return _Run(spec, held, folder, pool, on_stage).go(first, last)
 
 
 class _Run:
     """One run: the stages share the spec, the root and the workers, and pass finished datasets on."""
 
-    def __init__(self, spec: JobSpec, root: Path, folder: models.ModelFolder, pool: Pool, on_stage: OnStage) -> None:
+    def __init__(self, spec: JobSpec, root: Root, folder: models.ModelFolder, pool: Pool, on_stage: OnStage) -> None:
         self.spec, self.root, self.folder, self.pool, self.on_stage = spec, root, folder, pool, on_stage
         self.first: Stage = "corpus"
         self.seconds: dict[str, float] = {}
+        self.data_files: dict[str, Mapping[str, str]] = {}
 
     @contextmanager
     def stage(self, name: Stage, rows: int | None) -> Iterator[Callable[[Progress], None]]:
         """Time a stage and report its progress; one before the first gets no workers."""
         asked_for = STAGES.index(name) >= STAGES.index(self.first)
         self.pool.closed = (
-            "" if asked_for else f"{self.root}: stage {name} is not finished; run without --from {self.first}"
+            "" if asked_for else f"{self.root.path}: stage {name} is not finished; run without --from {self.first}"
         )
         start = time.perf_counter()
         self.on_stage(name, rows, Progress())
@@ -81,6 +101,7 @@ class _Run:
     def go(self, first: Stage, last: Stage) -> dict[str, Any]:
         self.first = first
         spec, root = self.spec, self.root
+        afresh = repair.run(root)
         with self.stage("corpus", None) as tell:
             scan = corpus.run(spec.corpus, root, self.pool, tell)
             names = queries.judged_ids(spec.evaluate)
@@ -96,9 +117,24 @@ class _Run:
         )
         if last == "corpus":
             return {}
+        self._refuse_other_corpus(scan)
         with self.stage("embed", scan.rows) as tell:
             shards = corpus.shards(scan, spec.corpus, root)
-            full = embed.run(spec, self.folder, shards, self._corpus_fields(scan), scan.types, root, self.pool, tell)
+            full = embed.run(
+                spec,
+                self.folder,
+                shards,
+                self._corpus_fields(scan),
+                scan.types,
+                root,
+                self.pool,
+                tell,
+                DOCUMENTS in afresh,
+            )
+            parent = Parent(
+                store.table_uri(root, DOCUMENTS), full.version, full.digest, full.rows, full.info, full.files
+            )
+            exported = export.run(parent, root, self.pool) if spec.embed.parquet else {}
         counters = full.counters
         log.info(
             "embed rows=%d tokens=%d cut_rows=%d cut_tokens=%d peak_worker_mb=%d peak_driver_mb=%d",
@@ -116,23 +152,22 @@ class _Run:
             )
         if last == "embed":
             return {}
-        parent = Parent(full.uri, full.version, full.digest, full.rows, full.info)
         with self.stage("fit", None):
             declared = spec.model.matryoshka_dims or self.folder.matryoshka_dims
-            fits = fit.run(spec, parent, declared, root, lambda: self._probe_queries(full.info))
+            fits = fit.run(spec, parent, declared, root, lambda: self._probe_queries(full.info), PARAMETERS in afresh)
         if last == "fit":
             return {}
         filters = {name: scan.types[name] for name in spec.corpus.filter}
         with self.stage("derive", full.rows) as tell:
-            derived = derive.run(spec.prefixes, parent, fits, filters, root, self.pool, tell)
+            derived = derive.run(spec.prefixes, parent, fits, filters, root, self.pool, tell, afresh)
         if last == "derive":
             return {}
         with self.stage("index", None):
             indexed = index.run(spec.index, spec.prefixes, full.rows, root)
         if last == "index":
             return {}
-        candidate = self._candidate(scan, full, fits, derived, indexed)
-        generation = self._evaluated(candidate)
+        store.drop_leftovers(root)
+        generation = self._evaluated(self._candidate(scan, full, fits, derived, indexed, exported))
         if last == "report":
             self._report(generation)
         return generation
@@ -141,7 +176,7 @@ class _Run:
         """Make the page, unless it shows this generation already."""
         shown = ledger.Ledger(self.root, "report")
         name = str(generation["generation"])
-        if self.first != "report" and shown.get(name) is not None and (self.root / report.FILE).is_file():
+        if self.first != "report" and shown.get(name) is not None and self.root.size(report.FILE):
             return
         with self.stage("report", None):
             report.run(self.root)
@@ -159,6 +194,7 @@ class _Run:
         """The corpus' part of the fingerprint."""
         settings = self.spec.corpus
         return {
+            "scan": scan.key,
             "corpus.rows": scan.rows,
             "corpus.digest": scan.digest,
             "corpus.id": settings.id,
@@ -169,6 +205,13 @@ class _Run:
             "corpus.shard_rows": corpus.shard_rows(scan.rows, settings),
         }
 
+    def _refuse_other_corpus(self, scan: corpus.Scan) -> None:
+        """StaleError with what changed, where the root was begun with another corpus."""
+        begun = ledger.begun(self.root)
+        if begun is not None:
+            wanted = {"corpus.rows": scan.rows, "corpus.digest": scan.digest}
+            ledger.refuse_changes(self.root, begun, wanted, corpus.changes(self.root, begun, scan))
+
     def _candidate(
         self,
         scan: corpus.Scan,
@@ -176,23 +219,32 @@ class _Run:
         fits: Fits,
         derived: list[derive.Derived],
         indexed: Mapping[str, index.Indexed],
+        exported: Mapping[str, str],
     ) -> dict[str, Any]:
-        """The generation as it would be published, without its number and evaluation."""
+        """The generation as it would be published, without its number, evaluation and table files."""
         tables: dict[str, dict[str, Any]] = {
-            DOCUMENTS: {"version": indexed[DOCUMENTS].version, "rows": full.rows, "digest": full.digest, "index": None},
-            PARAMETERS: {"version": fits.parameters_version, "rows": len(fits.artefacts),
-                         "digest": hashlib.sha256("\n".join(fits.artefacts).encode()).hexdigest(), "index": None},
+            DOCUMENTS: {"rows": full.rows, "digest": full.digest, "parts": full.parts},
+            PARAMETERS: {
+                "rows": len(fits.artefacts), "parts": [(fits.record["rows"], fits.record["digest"])],
+                "digest": hashlib.sha256("\n".join(fits.artefacts).encode()).hexdigest(),
+            },
         }  # fmt: skip
+        fragments = {DOCUMENTS: full.fragments, PARAMETERS: fits.record["fragments"]}
         for table in derived:
-            at = indexed[table.name]
             tables[table.name] = {
-                "version": at.version, "rows": table.rows, "digest": table.digest, "index": at.index,
-                "clipped_share": table.clipped_share,
+                "rows": table.rows, "digest": table.digest, "parts": table.parts, "clipped_share": table.clipped_share,
             }  # fmt: skip
+            fragments[table.name] = table.fragments
         for name, entry in tables.items():
-            entry["bytes"] = store.data_bytes(store.open_table(store.table_uri(self.root, name), entry["version"]))
+            at = indexed.get(name, index.Indexed(fits.parameters_version, None))
+            entry |= {"version": at.version, "index": at.index}
+            if not store.holds(self.root, name, at.version, fragments[name]):
+                raise DamageError(f"{name}: another job changed it meanwhile; run again")
             if entry["rows"] != full.rows and name != PARAMETERS:
-                raise DataError(f"{name} has {entry['rows']} rows where documents has {full.rows}; delete the root")
+                raise DamageError(f"{name} has {entry['rows']} rows where documents has {full.rows}; delete the root")
+            entry["bytes"] = sum(file["file_size_bytes"] for one in fragments[name] for file in one["files"])
+        self.data_files = {DOCUMENTS: full.files, PARAMETERS: fits.record["files"]}
+        self.data_files |= {table.name: table.files for table in derived}
         facts = full.facts
         counters = {name: full.counters[name] for name in (*COUNTERS, "seconds", "peak_memory_bytes")}
         return {
@@ -213,68 +265,72 @@ class _Run:
             "embed": counters,
             "transform": dict(fits.decision),
             "tables": tables,
-            "files": {"quarantine.parquet": store.sha256(self.root / "quarantine.parquet"), **full.counters["parquet"]},
+            "files": {QUARANTINE: full.quarantine, **exported},
+            "copies": [QUARANTINE, *MEASURED],
         }  # fmt: skip
 
     def _evaluated(self, candidate: dict[str, Any]) -> dict[str, Any]:
         """Evaluate and publish, unless the newest generation is just that already."""
         newest = ledger.newest_generation(self.root)
         key = self._evaluation_key(candidate)
-        current = newest is not None and newest["evaluation_key"] == key and self._is_whole(newest)
+        current = newest is not None and newest["evaluation_key"] == key and self._has_measured(newest)
         with self.stage("evaluate", None):
-            if not current or self.first == "evaluate":
+            if newest is None or not current or self.first == "evaluate":
                 opened = Index(self.root, candidate)
-                self._keep(evaluate.run(self.spec.evaluate, opened, self.spec.seed, self.root), newest)
+                measured = evaluate.run(self.spec.evaluate, opened, self.spec.seed, self.root)
+                candidate["files"] |= self._keep(measured, newest)
             else:
-                measured = pl.read_parquet(self.root / "evaluation.parquet", glob=False)
-                evaluate.check_floor(self.spec.evaluate, measured)
+                candidate["files"] |= {name: newest["files"][name] for name in MEASURED}
+                kept = self.root.kept(newest["files"]["evaluation.parquet"])
+                evaluate.check_floor(self.spec.evaluate, pl.read_parquet(kept))
         candidate["evaluation_key"] = key
-        candidate["files"] |= {name: store.sha256(self.root / name) for name in MEASURED}
+        candidate["files"] |= repair.table_files(self.root, self.data_files, newest)
         before = {} if newest is None else newest.get("seconds", {})
         candidate["seconds"] = {name: max(spent, before.get(name, 0.0)) for name, spent in self.seconds.items()}
-        if newest is not None and _same(newest, candidate):
+        lock.check(self.root)
+        if newest is None or not _same(newest, candidate) or lock.took_from_elsewhere(self.root):
+            newest = ledger.publish(self.root, candidate)
+            log.info(
+                "run published generation=%d root=%s peak_driver_mb=%d",
+                newest["generation"],
+                self.root.path,
+                peak_memory_bytes() / 1e6,
+            )
+        else:
             log.info("run nothing to do generation=%d", newest["generation"])
-            ledger.copy_to_manifest(self.root, newest)
-            return newest
-        published = ledger.publish(self.root, candidate)
-        log.info(
-            "run published generation=%d root=%s peak_driver_mb=%d",
-            published["generation"],
-            self.root,
-            peak_memory_bytes() / 1e6,
-        )
-        return published
+        ledger.settle(self.root)
+        repair.remember(self.root)
+        return newest
 
-    def _keep(self, measured: evaluate.Measured, newest: Mapping[str, Any] | None) -> None:
-        """The measurement belongs to the newest generation: a miss replaces it only where there is none."""
-        if newest is None:
-            self._write(measured)
-        evaluate.check_floor(self.spec.evaluate, measured.evaluation)
-        self._write(measured)
-
-    def _write(self, measured: evaluate.Measured) -> None:
+    def _keep(self, measured: evaluate.Measured, newest: Mapping[str, Any] | None) -> dict[str, str]:
+        """Keep a measurement; one that misses the floor is shown where there is no generation yet."""
+        data = {}
         for name in MEASURED:
             buffer = io.BytesIO()
             getattr(measured, Path(name).stem).write_parquet(buffer)
-            store.write(self.root / name, buffer.getvalue())
+            data[name] = buffer.getvalue()
+        if newest is None:
+            for name, content in data.items():
+                self.root.write(name, content)
+        evaluate.check_floor(self.spec.evaluate, measured.evaluation)
+        return {name: self.root.keep(content) for name, content in data.items()}
 
-    def _is_whole(self, generation: Mapping[str, Any]) -> bool:
+    def _has_measured(self, generation: Mapping[str, Any]) -> bool:
         """Whether the measurement of a generation is there as it was published."""
-        paths = [self.root / name for name in MEASURED]
-        return all(path.is_file() and store.sha256(path) == generation["files"].get(path.name) for path in paths)
+        return all(self.root.has(generation["files"][name]) for name in MEASURED)
 
     def _evaluation_key(self, candidate: Mapping[str, Any]) -> str:
         """Changes with everything the measurement depends on."""
         settings = self.spec.evaluate
-        files = [store.sha256(Path(name)) for name in (settings.queries, settings.qrels) if name]
+        files = [storage.sha256(Path(name)) for name in (settings.queries, settings.qrels) if name]
         tables = {name: (entry["version"], entry["digest"]) for name, entry in candidate["tables"].items()}
         search = self.spec.search.model_dump(mode="json")["cascade"]
         basis = [tables, search, settings.k, list(settings.shortlists), files, self.spec.seed, FORMAT]
-        return hashlib.sha256(store.to_json(basis)).hexdigest()
+        return hashlib.sha256(storage.to_json(basis)).hexdigest()
 
 
 def _same(newest: Mapping[str, Any], candidate: Mapping[str, Any]) -> bool:
     """Whether a generation says what the candidate would; who did the work, and how fast, does not count."""
     specs = [{**one["spec"], "workers": None} for one in (newest, candidate)]
-    compared = set(candidate) - {"spec", "seconds"}
-    return specs[0] == specs[1] and all(newest.get(name) == candidate[name] for name in compared)
+    compared = json.loads(storage.to_json({name: candidate[name] for name in set(candidate) - {"spec", "seconds"}}))
+    return specs[0] == specs[1] and all(newest.get(name) == value for name, value in compared.items())

@@ -271,5 +271,5 @@ def stored(columns: pa.Table, scratch: Path) -> Line:
 
 
 def _weighed(columns: pa.Table, path: Path) -> int:
-    pieces = store.write_fragments(f"{path}.lance", columns, columns.schema)
-    return sum(file["file_size_bytes"] for piece in pieces for file in piece["files"])
+    pieces = store.draft_fragments(path, columns, columns.schema)
+    return sum(file.file_size_bytes for piece in pieces for file in piece.files)

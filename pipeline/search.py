@@ -18,6 +18,7 @@ from pipeline.encoders.queries import QueryEncoder
 from pipeline.errors import DamageError, QueryError, StaleError
 from pipeline.levels import Hits, Step, View, from_index, joined, rescored, scanned, scores_of
 from pipeline.spec import check_cascade
+from pipeline.storage import Root
 from pipeline.tables import DOCUMENTS, PARAMETERS, TableInfo, matrices
 from pipeline.transform import Transform
 from pipeline.vectors import MIN_NORM, Matrix, Scoring, truncate, unit
@@ -34,17 +35,18 @@ def open_index(root: str | Path, model: str | None = None, device: str | None = 
 
     `model` names another copy of the recorded model, `device` a torch device. StaleError where nothing is finished.
     """
-    generation = ledger.newest_generation(Path(root))
+    opened = Root(Path(root))
+    generation = ledger.newest_generation(opened)
     if generation is None:
         raise StaleError(f"{root} holds no finished generation; run the job first")
-    return Index(Path(root), generation, model, device)
+    return Index(opened, generation, model, device)
 
 
 class Index:
     """One generation, open for search. Opening reads no vectors and loads no model."""
 
     def __init__(
-        self, root: Path, generation: Mapping[str, Any], model: str | None = None, device: str | None = None
+        self, root: Root, generation: Mapping[str, Any], model: str | None = None, device: str | None = None
     ) -> None:
         """Pin every table of the generation; StaleError where a version is gone."""
         self.generation = generation

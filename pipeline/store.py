@@ -1,96 +1,57 @@
-"""Storage: files written whole or not at all, the root's lock, and Lance tables.
+"""Lance tables: fragments written by workers, commits that are made once, versions opened for readers.
 
-A file appears by rename after its bytes are on disk; `create` also never replaces one. Lance writes its
-own files; `write_fragments` brings them to disk before it returns, and nothing is visible before `commit`.
+Lance writes its own files, in a draft folder; they are on disk and in the table's folder before `write_fragments`
+returns, and no reader sees them before `commit`. Lance itself neither deduplicates commits nor checks their files.
 """
 
-import hashlib
 import io
 import json
 import os
-import socket
-import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import lance
 import numpy as np
 import pyarrow as pa
-from filelock import FileLock, Timeout
 from lance.fragment import FragmentMetadata, write_fragments as lance_write_fragments
 
-from pipeline.errors import LockedError, SpecError, StaleError
+from pipeline.errors import DamageError, StaleError
+from pipeline.storage import STATE, Root, read_signed, sha256, signed, to_json
 
 Table: TypeAlias = lance.LanceDataset
 LANCE_FORMAT = "2.2"
 """Newer formats that pylance can write are unreadable in lancedb 0.40."""
+MOVES = f"{STATE}/moves"
+"""One note per data file that is moved into a table, naming the record that will hold it."""
 
 
-def prepare_root(root: Path) -> None:
-    """Make the root's folders; SpecError where that is not allowed."""
-    if "://" in str(root) or ":/" in str(root):
-        raise SpecError(f"root {root}: object stores are not supported yet; name a folder")
-    try:
-        for folder in (root / "_state", root / "lancedb", root / "generations"):
-            folder.mkdir(parents=True, exist_ok=True)
-        probe = root / "_state" / f".probe-{uuid.uuid4().hex}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise SpecError(f"cannot write to root {root}: {error.strerror}; choose a folder that can be written") from None
+@dataclass(frozen=True)
+class Written:
+    """Fragments that no reader sees yet: their descriptions as JSON values, and sha256 by name of each data file."""
+
+    fragments: Sequence[dict[str, Any]]
+    files: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in a record."""
+        return {"fragments": list(self.fragments), "files": dict(self.files)}
 
 
-def write(path: Path, data: bytes) -> None:
-    """Write or replace a file in one step, durable when this returns."""
-    draft = _draft(path, data)
-    draft.replace(path)
-    _sync_folder(path.parent)
+def table_name(table: str) -> str:
+    """A table's folder, as a name below the root."""
+    return f"lancedb/{table}.lance"
 
 
-def create(path: Path, data: bytes) -> bool:
-    """Write a file unless one of that name exists; True where this call made it."""
-    draft = _draft(path, data)
-    try:
-        os.link(draft, path)
-    except FileExistsError:
-        return False
-    finally:
-        draft.unlink()
-    _sync_folder(path.parent)
-    return True
+def table_uri(root: Root, table: str) -> str:
+    """Where a LanceDB table lies."""
+    return str(root / table_name(table))
 
 
-def _draft(path: Path, data: bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
-    with draft.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return draft
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def to_json(value: Any) -> bytes:
-    """Canonical JSON: sorted keys, no NaN."""
-    return json.dumps(value, sort_keys=True, allow_nan=False, separators=(",", ":")).encode()
-
-
-def read_json(path: Path) -> Any | None:
-    """A JSON file's value; None where there is no such file."""
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
+def data_name(table: str, path: str) -> str:
+    """A data file, as a name below the root."""
+    return f"{table_name(table)}/data/{path}"
 
 
 def npy(array: Any) -> bytes:
@@ -100,84 +61,128 @@ def npy(array: Any) -> bytes:
     return buffer.getvalue()
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def from_npy(data: bytes) -> Any:
+    """The array of `npy`."""
+    return np.load(io.BytesIO(data), allow_pickle=False)
 
 
-@contextmanager
-def lock(root: Path) -> Iterator[None]:
-    """Hold the root for one job. The kernel frees it when the process ends, however it ends.
-
-    Raises LockedError where another process holds it.
-    """
-    owner = root / "_state" / "owner.json"
-    held = FileLock(root / "_state" / "lock")
-    try:
-        held.acquire(blocking=False)
-    except Timeout:
-        other = read_json(owner) or {}
-        raise LockedError(
-            f"{root} is held by another job (process {other.get('process', '?')} on {other.get('host', '?')}); "
-            "wait for it to end, or stop it"
-        ) from None
-    try:
-        write(owner, to_json({"process": os.getpid(), "host": socket.gethostname()}))
-        yield
-    finally:
-        held.release()
-
-
-def table_uri(root: Path, name: str) -> str:
-    """Where a LanceDB table lies."""
-    return str(root / "lancedb" / f"{name}.lance")
-
-
-def write_fragments(uri: str, data: pa.Table, schema: pa.Schema) -> list[dict[str, Any]]:
-    """Write rows that no reader sees until `commit`; their descriptions, as JSON values."""
-    if not data.num_rows:
-        return []
+def draft_fragments(folder: Path, data: pa.Table, schema: pa.Schema) -> list[FragmentMetadata]:
+    """Rows as the fragments of a table that is never committed; OSError where not all were written."""
     fragments = lance_write_fragments(
         data.cast(schema) if data.schema != schema else data,
-        uri,
+        str(folder),
         schema=schema,
-        mode="overwrite" if table_exists(uri) else "create",
+        mode="create",
         max_rows_per_file=2**31,
         data_storage_version=LANCE_FORMAT,
     )
     written = sum(fragment.physical_rows for fragment in fragments)
     if written != data.num_rows:
-        raise OSError(f"{uri}: Lance wrote {written} of {data.num_rows} rows")
-    for path in _data_files(fragments):
-        with (Path(uri) / "data" / path).open("rb") as file:
-            os.fsync(file.fileno())
-    _sync_folder(Path(uri) / "data")
-    return [fragment.to_json() for fragment in fragments]
+        raise OSError(f"{folder}: Lance wrote {written} of {data.num_rows} rows")
+    return list(fragments)
 
 
-def commit(uri: str, schema: pa.Schema, fragments: Sequence[dict[str, Any]]) -> int:
+def write_fragments(root: Root, table: str, data: pa.Table, schema: pa.Schema, record: str) -> Written:
+    """Write rows that no reader sees until `commit`, durable when this returns; `record` will name their files.
+
+    A note tells first where the files will lie, so that `drop_leftovers` finds those that no record came to hold.
+    """
+    if not data.num_rows:
+        return Written([], {})
+    draft = root.draft_folder()
+    fragments = draft_fragments(draft, data, schema)
+    files = {path: sha256(draft / "data" / path) for path in _data_files(fragments)}
+    note = {"table": table, "files": list(files), "record": record}
+    root.create(f"{MOVES}/{root.fence}-{root.disk.unique()}.json", to_json(signed(note)))
+    for path in files:
+        root.disk.sync(draft / "data" / path)
+        root.adopt(draft / "data" / path, data_name(table, path))
+    root.disk.remove_folder(draft)
+    return Written([fragment.to_json() for fragment in fragments], files)
+
+
+def drop_leftovers(root: Root) -> None:
+    """Delete data files of work whose record names others; what has no record yet is left alone."""
+    for name in root.names(MOVES):
+        note = read_signed(root, f"{MOVES}/{name}")
+        record = None if note is None else read_signed(root, f"{STATE}/{note['record']}.json")
+        if note is None or record is None:
+            continue
+        for path in set(note["files"]) - set(record["files"]):
+            root.delete(data_name(note["table"], path))
+        root.delete(f"{MOVES}/{name}")
+
+
+def commit(root: Root, table: str, schema: pa.Schema, fragments: Sequence[dict[str, Any]], afresh: bool = False) -> int:
     """Publish fragments as the table's whole content, in order; the version that holds them.
 
-    Compares data files first: a commit that has already landed is not made again (Lance itself
-    neither deduplicates nor checks that files exist).
+    Compares data files first: a commit that has landed is not made again, also where its own reply was an error.
+    `afresh` makes it anyway, without the indexes. DamageError where data files are gone.
     """
-    parsed = _parsed(fragments)
-    wanted = _data_files(parsed)
-    missing = lost_files(uri, fragments)
-    if missing:
-        raise StaleError(f"{uri}: {len(missing)} data files are gone, for example {missing[0]}; delete the root")
-    current = open_table(uri) if table_exists(uri) else None
-    held = [] if current is None else [fragment.metadata for fragment in current.get_fragments()]
-    if current is not None and _data_files(held) == wanted and not any(one.deletion_file for one in held):
-        return int(current.version)
-    Path(uri).mkdir(parents=True, exist_ok=True)
-    return int(lance.LanceDataset.commit(uri, lance.LanceOperation.Overwrite(schema, parsed)).version)
+    uri, parsed = table_uri(root, table), _parsed(fragments)
+    if not is_whole(root, table, fragments):
+        raise DamageError(f"{uri}: data files are gone or cut short; run the job again to repair it")
+    version = None if afresh else _landed(uri, parsed)
+    if version is None:
+        root.disk.make_folder(root / table_name(table))
+        try:
+            version = int(lance.LanceDataset.commit(uri, lance.LanceOperation.Overwrite(schema, parsed)).version)
+        except (OSError, RuntimeError):
+            version = _landed(uri, parsed)  # the reply may be lost where the commit is not
+            if version is None:
+                raise
+    sync_table(root, table)
+    return version
 
 
-def lost_files(uri: str, fragments: Sequence[dict[str, Any]]) -> list[str]:
-    """Data files that the fragments name and the table's folder lacks."""
-    return [path for path in _data_files(_parsed(fragments)) if not (Path(uri) / "data" / path).is_file()]
+def _landed(uri: str, wanted: Sequence[FragmentMetadata]) -> int | None:
+    """The newest version, if it holds just these data files."""
+    if not table_exists(uri):
+        return None
+    current = open_table(uri)
+    return (
+        int(current.version) if _data_files(_held(current)) == _data_files(wanted) and not _deleted(current) else None
+    )
+
+
+def _held(table: Table) -> list[FragmentMetadata]:
+    return [fragment.metadata for fragment in table.get_fragments()]
+
+
+def _deleted(table: Table) -> bool:
+    return any(fragment.deletion_file for fragment in _held(table))
+
+
+def holds(root: Root, table: str, version: int, fragments: Sequence[dict[str, Any]]) -> bool:
+    """Whether a version's content is just these fragments."""
+    opened = open_table(table_uri(root, table), version)
+    return _data_files(_held(opened)) == _data_files(_parsed(fragments)) and not _deleted(opened)
+
+
+def sync_table(root: Root, table: str) -> None:
+    """Bring to disk what Lance wrote beside the data files: versions, transactions, indexes."""
+    folder = root / table_name(table)
+    for below, folders, files in os.walk(folder):
+        if Path(below) == folder:
+            folders[:] = [name for name in folders if name != "data"]
+        for name in files:
+            root.disk.sync(Path(below, name))
+        root.disk.sync_folder(Path(below))
+
+
+def is_whole(root: Root, table: str, fragments: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether every data file of the fragments is there with its size."""
+    files = [file for fragment in fragments for file in fragment["files"]]
+    return all(root.size(data_name(table, file["path"])) == file["file_size_bytes"] for file in files)
+
+
+def check_files(root: Root, table: str, files: Mapping[str, str]) -> None:
+    """Compare data files with their sha256; a damaged one is set aside and DamageError raised."""
+    for path, digest in files.items():
+        name = data_name(table, path)
+        if sha256(root / name) != digest:
+            root.set_aside(name)
+            raise DamageError(f"{root / name} is not what was written; it was set aside, run again to redo its rows")
 
 
 def _parsed(fragments: Sequence[dict[str, Any]]) -> list[FragmentMetadata]:

@@ -76,6 +76,8 @@ class Parent:
     digest: str
     rows: int
     info: TableInfo
+    files: Mapping[str, str]
+    """sha256 of each data file, to be compared before anything is learned or derived from it."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ class Fits:
     parameters_version: int
     artefacts: Sequence[str]
     decision: Mapping[str, Any]
+    record: Mapping[str, Any]
+    """Of the data files of `parameters`."""
 
 
 def documents_schema(

@@ -12,13 +12,15 @@ import resource
 import signal
 import threading
 import warnings
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType, TracebackType
 from typing import Any, Protocol
 
+from pipeline import stopping
 from pipeline.errors import PipelineError, SpecError, StaleError
 from pipeline.spec import Workers
 
@@ -181,36 +183,63 @@ class Pool:
             team.close()
 
 
-class Team(Protocol):
+@dataclass(frozen=True)
+class Died:
+    """An item whose workers all died on it."""
+
+    item: Any
+    tries: int
+    reason: str
+
+    @property
+    def sentence(self) -> str:
+        """The beginning of what to tell."""
+        return f"a worker died {self.tries} times on {_called(self.item)} ({self.reason})"
+
+
+def _called(item: Any) -> str:
+    return str(getattr(item, "name", item))
+
+
+class Team(ABC):
     """Workers that hold the same kind of handler."""
 
-    def call(self, item: Any) -> Any:
-        """Do one item on one worker."""
+    @abstractmethod
+    def outcomes(self, items: Sequence[Any], tries: int = MAX_TRIES) -> Iterator[Any]:
+        """Do every item; results as they come, `Died` for an item that `tries` workers died on.
+
+        Raises Stopped after a signal: items at work may finish for `stopping.GRACE` seconds, no other begins.
+        """
 
     def map(self, items: Sequence[Any]) -> Iterator[Any]:
-        """Do every item; results as they come."""
+        """Do every item; results as they come. PipelineError where workers die on one."""
+        for outcome in self.outcomes(items):
+            if isinstance(outcome, Died):
+                raise PipelineError(f"{outcome.sentence}; run again to go on from what is finished")
+            yield outcome
+
+    def call(self, item: Any) -> Any:
+        """Do one item."""
+        return next(iter(self.map([item])))
 
 
-class LocalTeam:
+class LocalTeam(Team):
     """The same work in this process, without Ray (`workers.count: 0`)."""
 
     def __init__(self, setup: Setup, plan: Plan, on_progress: OnProgress | None) -> None:
         self._worker, self._on_progress = _Worker(pickle.dumps(setup), plan.threads), on_progress
 
-    def call(self, item: Any) -> Any:
-        """Do one item."""
-        return self._worker.run(item)
-
-    def map(self, items: Sequence[Any]) -> Iterator[Any]:
+    def outcomes(self, items: Sequence[Any], tries: int = MAX_TRIES) -> Iterator[Any]:
         """Do every item, in order."""
         for item in items:
-            result = self._worker.run(item)
+            with stopping.patience():
+                result = self._worker.run(item)
             if self._on_progress:
                 self._on_progress(self._worker.progress())
             yield result
 
 
-class RayTeam:
+class RayTeam(Team):
     """Ray actors, one item in flight on each."""
 
     def __init__(self, ray: ModuleType, setup: Setup, plan: Plan, on_progress: OnProgress | None, gpus: float) -> None:
@@ -226,49 +255,50 @@ class RayTeam:
             self._ray.kill(actor)
         self._actors = []
 
-    def call(self, item: Any) -> Any:
-        """Do one item on the first worker."""
-        return next(iter(self._run([item], 1)))
-
-    def map(self, items: Sequence[Any]) -> Iterator[Any]:
+    def outcomes(self, items: Sequence[Any], tries: int = MAX_TRIES) -> Iterator[Any]:
         """Do every item; results as they come."""
-        return self._run(items, min(self._plan.count, len(items)))
-
-    def _run(self, items: Sequence[Any], count: int) -> Iterator[Any]:
         waiting = deque((item, 1) for item in items)
-        while len(self._actors) < count:
+        while len(self._actors) < min(self._plan.count, len(items)):
             self._actors.append(self._remote.remote(self._setup, self._plan.threads))
-        idle = deque(self._actors[:count])
-        busy: dict[Any, tuple[Any, Any, int]] = {}
+        idle, busy = deque(self._actors), dict[Any, tuple[Any, Any, int]]()
         while waiting or busy:
             while waiting and idle:
-                actor, (item, tries) = idle.popleft(), waiting.popleft()
-                busy[actor.run.remote(item)] = (actor, item, tries)
-            ready, _ = self._ray.wait(list(busy), num_returns=1, timeout=POLL_SECONDS)
-            self._poll()
-            for reference in ready:
-                actor, item, tries = busy.pop(reference)
+                actor, (item, number) = idle.popleft(), waiting.popleft()
+                busy[actor.run.remote(item)] = (actor, item, number)
+            for reference in self._ready(busy):
+                actor, item, number = busy.pop(reference)
                 try:
                     result = self._ray.get(reference)
                 except self._ray.exceptions.RayTaskError as error:
                     cause = error.cause
                     raise cause if isinstance(cause, PipelineError) else error from None
                 except self._ray.exceptions.RayActorError as error:
-                    log.warning("worker died try=%d item=%s", tries, getattr(item, "name", item))
-                    if tries == MAX_TRIES:
-                        raise PipelineError(
-                            f"a worker died {MAX_TRIES} times on {getattr(item, 'name', item)} "
-                            f"({str(error).splitlines()[0]}); run again to go on from the last finished shard"
-                        ) from None
+                    log.warning("worker died try=%d item=%s", number, _called(item))
                     self._actors.remove(actor)
                     self._actors.append(self._remote.remote(self._setup, self._plan.threads))
                     idle.append(self._actors[-1])
-                    waiting.appendleft((item, tries + 1))
-                    continue
-                idle.append(actor)
+                    if number < tries:
+                        waiting.appendleft((item, number + 1))
+                        continue
+                    result = Died(item, number, _reason(error))
+                else:
+                    idle.append(actor)
                 yield result
 
+    def _ready(self, busy: Mapping[Any, Any]) -> list[Any]:
+        """Items that are finished; after a signal those at work get a while to end."""
+        with stopping.patience():  # raises Stopped at its end, after a signal
+            while True:
+                ready, _ = self._ray.wait(list(busy), num_returns=1, timeout=POLL_SECONDS)
+                if stopping.asked():
+                    self._ray.wait(list(busy), num_returns=len(busy), timeout=stopping.left())
+                    return []
+                self._poll()
+                if ready:
+                    return list(ready)
+
     def _poll(self) -> None:
+        """Ask the workers how far they are."""
         if self._on_progress is None:
             return
         answers = [actor.progress.remote() for actor in self._actors]
@@ -282,3 +312,10 @@ class RayTeam:
             total.rows, total.tokens = total.rows + part.rows, total.tokens + part.tokens
         if len(done) == len(answers):
             self._on_progress(total)
+
+
+def _reason(error: Exception) -> str:
+    """What Ray tells of a death, in short."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if line.lower().startswith(("worker exit", "the actor died", "actor"))]
+    return (told or lines or [type(error).__name__])[0][:200]

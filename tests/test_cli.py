@@ -9,7 +9,7 @@ from typing import get_args
 import polars as pl
 import pytest
 
-from pipeline import cli, run, terminal
+from pipeline import cli, run, stopping, terminal
 from pipeline.run import Stage
 from pipeline.workers import Progress
 
@@ -172,7 +172,7 @@ def test_validate_warns_of_int8_first_on_a_large_corpus(matryoshka, job_file, mo
 def test_a_signal_that_ray_wrapped_is_still_a_signal(matryoshka, job_file, monkeypatch, chained):
     def wait(*arguments):
         error = SystemError("CoreWorker.wait returned a result with an exception set")
-        setattr(error, f"__{chained}__", cli.Stopped(15))
+        setattr(error, f"__{chained}__", stopping.Stopped(15))
         raise error
 
     monkeypatch.setattr(cli, "run_job", wait)

@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import corpus, docstrings, ids, rows, sources, store
+from pipeline import corpus, docstrings, ids, rows, sources, storage
 from pipeline.errors import DataError
 from pipeline.spec import Corpus, Workers
+from pipeline.storage import Root
 from pipeline.workers import Pool
 from tests.conftest import corpus_frame
 
@@ -42,8 +43,8 @@ def save(frame, path):
 @pytest.fixture
 def scan(tmp_path):
     """Scan a corpus in this process."""
-    root = tmp_path / "scan-root"
-    store.prepare_root(root)
+    root = Root(tmp_path / "scan-root")
+    storage.prepare(root)
 
     def run(source, **settings):
         settings = {"id": "_id", "text": ["title", "text"], **settings}

@@ -7,15 +7,15 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "pipeline"
 LEVELS = [
-    {"errors", "vectors", "metrics", "template", "sentences"},
-    {"rotation", "filters", "plots"},
+    {"errors", "vectors", "metrics", "template", "sentences", "stopping"},
+    {"rotation", "filters", "plots", "storage"},
     {"transform", "html"},
     {"probe", "adaptor"},
-    {"spec", "store", "docstrings", "tables", "ids"},
-    {"sources", "ledger", "encoders", "workers"},
+    {"spec", "store", "docstrings", "tables", "ids", "lock", "ledger"},
+    {"sources", "encoders", "workers", "repair"},
     {"rows", "queries"},
     {"embedder", "levels"},
-    {"corpus", "embed", "fit", "derive", "index", "search"},
+    {"corpus", "embed", "export", "fit", "derive", "index", "search"},
     {"evaluate", "sample"},
     {"querylog", "figures"},
     {"plan", "report", "terminal"},

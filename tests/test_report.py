@@ -17,6 +17,7 @@ import vl_convert
 from pipeline import JobSpec, plots, querylog, report, run
 from pipeline.errors import StaleError
 from pipeline.html import in_script, shown
+from pipeline.storage import Root
 from tests.conftest import corpus_frame
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\u2028<!-- {{ 7 * 7 }} & \"'"
@@ -116,7 +117,7 @@ def root(tmp_path_factory, model) -> Path:
 
 @pytest.fixture(scope="module")
 def page(root) -> str:
-    path = report.run(root)
+    path = report.run(Root(root))
     assert path == root / "report.html"
     return path.read_text(encoding="utf-8")
 
@@ -179,7 +180,7 @@ def test_every_plot_draws_and_has_words_and_numbers(page):
 def test_without_qrels_there_are_no_empty_plots(spec):
     job = spec()
     run(job)
-    page = report.run(Path(job.root)).read_text(encoding="utf-8")
+    page = report.run(Root(Path(job.root))).read_text(encoding="utf-8")
     found, said = specs(page), Elements(page).visible()
     assert not [name for name in found if "ndcg" in name]
     assert all(drawn_marks(one) for one in found.values())
@@ -191,13 +192,13 @@ def test_without_qrels_there_are_no_empty_plots(spec):
 def test_one_prefix_is_enough(spec, precision):
     job = spec(prefixes=[{"dim": 16, "precision": precision}], evaluate__k=3)
     run(job)
-    page = report.run(Path(job.root)).read_text(encoding="utf-8")
+    page = report.run(Root(Path(job.root))).read_text(encoding="utf-8")
     assert all(drawn_marks(one) for one in specs(page).values())
     assert f"The cascade prefix_16_{precision} (shortlist " in Elements(page).visible()
 
 
 def test_a_forced_transform_says_what_it_costs(root):
-    facts = report.read(root)
+    facts = report.read(Root(root))
     transform = facts.generation["transform"] | {"kind": "none", "lost": {"8": 0.31, "16": 0.125}, "compared": None}
     transform["verdict"] = transform["verdict"] | {"says": "not trained", "far": [8]}
     tables = facts.generation["tables"]
@@ -212,16 +213,16 @@ def test_a_forced_transform_says_what_it_costs(root):
 
 def test_nothing_finished_is_refused(tmp_path, root):
     with pytest.raises(StaleError, match="no finished generation"):
-        report.run(tmp_path)
+        report.run(Root(tmp_path))
     copy = tmp_path / "copy"
     shutil.copytree(root, copy)
     (copy / "evaluation.parquet").write_bytes(b"other")
     with pytest.raises(StaleError, match="is not what generation 1 was published with"):
-        report.run(copy)
+        report.run(Root(copy))
 
 
 def test_the_same_root_gives_the_same_page(root, page):
-    assert report.run(root).read_text(encoding="utf-8") == page
+    assert report.run(Root(root)).read_text(encoding="utf-8") == page
 
 
 def test_the_pareto_front_is_what_nothing_cheaper_reaches():

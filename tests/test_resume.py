@@ -15,6 +15,8 @@ import pytest
 
 from pipeline import run
 from pipeline.errors import LockedError, StaleError
+from pipeline.lock import lock
+from pipeline.storage import Root
 from tests.conftest import corpus_frame
 
 SHARD_ROWS = 16
@@ -158,7 +160,7 @@ def test_a_rerun_does_nothing_and_says_so(spec, job_file, capsys, monkeypatch):
     from pipeline import cli
 
     first = run(spec())
-    files = [path for path in Path(first["spec"]["root"]).rglob("*") if path.is_file() and path.parent.name != "_state"]
+    files = [path for path in Path(first["spec"]["root"]).rglob("*") if path.is_file() and "_state" not in path.parts]
     times = [path.stat().st_mtime_ns for path in files]
     monkeypatch.setattr(sys, "argv", ["matryoshka", "run", str(job_file())])
     with pytest.raises(SystemExit) as ended:
@@ -188,7 +190,7 @@ def test_another_transform_is_a_new_generation_and_the_old_one_stays(spec):
     digests = [one["tables"]["prefix_16_float16"]["digest"] for one in (first, plain, again)]
     assert digests[0] == digests[2] != digests[1]
     for generation in (first, plain, again):
-        index = Index(Path(generation["spec"]["root"]), generation)
+        index = Index(Root(Path(generation["spec"]["root"])), generation)
         assert index.search("w001 w002", k=120, cascade=[("prefix_16_float16", 120)])["rank"].to_list()[-1] == 120
 
 
@@ -228,11 +230,17 @@ def test_a_lost_prefix_table_is_derived_again(spec):
     assert again["tables"]["documents"] == first["tables"]["documents"]
 
 
-def test_lost_data_files_are_told(spec):
-    first = run(spec())
-    next(iter(written_files(first["spec"]["root"]))).unlink()
-    with pytest.raises(StaleError, match="1 data files are gone"):
-        run(spec())
+def test_a_lost_data_file_costs_its_shard_only(spec):
+    first = run(spec(corpus__shard_rows=50))
+    root = Path(first["spec"]["root"])
+    lost = sorted(written_files(root))[0]
+    before = written_files(root)
+    lost.unlink()
+    again = run(spec(corpus__shard_rows=50))
+    assert len(written_files(root) - before) == 1
+    assert [one["tables"]["documents"]["digest"] for one in (first, again)] == [
+        again["tables"]["documents"]["digest"]
+    ] * 2
 
 
 @pytest.mark.parametrize(
@@ -243,7 +251,6 @@ def test_lost_data_files_are_told(spec):
         ("corpus.shard_rows", {"corpus__shard_rows": 7}),
         ("corpus.keep_text", {"corpus__keep_text": False}),
         ("embed.vectors", {"embed__vectors": "float32"}),
-        ("embed.parquet", {"embed__parquet": True}),
         ("model.prompts.document", {"model__prompts": {"document": "passage: "}}),
         ("model.batch_tokens", {"model__batch_tokens": 77}),
         ("corpus.id", {"corpus__id": None}),
@@ -279,7 +286,8 @@ def test_another_model_is_refused(spec, other_model):
 def test_a_changed_corpus_is_refused(spec, corpus_file):
     run(spec())
     corpus_frame(121).write_parquet(corpus_file)
-    with pytest.raises(StaleError, match=r"another corpus\.rows: 120 then, 121 now \(also corpus\.digest\)"):
+    told = r"corpus\.rows: 120 then, 121 now \(also corpus\.digest\): 1 changed: .*corpus.parquet \(120 -> 121 rows\);"
+    with pytest.raises(StaleError, match=told):
         run(spec())
 
 
@@ -299,12 +307,10 @@ def test_settings_that_change_no_vector_are_accepted(spec, overrides):
 
 
 def test_a_second_job_on_a_root_is_refused(spec, job_file, tmp_path):
-    from pipeline import store
-
     run(spec())
-    with store.lock(tmp_path / "root"):
+    with lock(Root(tmp_path / "root")):
         code, _, err = finish(start(job_file()))
     assert code == 5
     assert f"held by another job (process {os.getpid()} " in err.replace("\n", " ")
-    with store.lock(tmp_path / "root"), pytest.raises(LockedError), store.lock(tmp_path / "root"):
+    with lock(Root(tmp_path / "root")), pytest.raises(LockedError), lock(Root(tmp_path / "root")):
         pass

@@ -21,10 +21,11 @@ import numpy as np
 import polars as pl
 import pytest
 
-from pipeline import Index, JobSpec, PipelineError, ledger, open_index, run, store
+from pipeline import Index, JobSpec, PipelineError, ledger, lock, open_index, run, store
 from pipeline.cli import main
 from pipeline.encoders import models
 from pipeline.errors import QueryError, SpecError
+from pipeline.storage import Root, sha256
 from pipeline.tables import DOCUMENTS
 from tests.conftest import DIM, corpus_frame
 
@@ -362,9 +363,9 @@ def test_nothing_is_published(case, job_file, values, call):
     write(case.files)
     job, root = job_file(**case.overrides), Path(values(**case.overrides)["root"] or "nowhere")
     sentence = call("run", job).refuses(case.code, *case.words)
-    assert ledger.newest_generation(root) is None
+    assert ledger.newest_generation(Root(root)) is None
     assert not (root / "manifest.json").exists()
-    assert not store.table_exists(store.table_uri(root, DOCUMENTS))
+    assert not store.table_exists(store.table_uri(Root(root), DOCUMENTS))
     if case.code == 2:
         assert not root.exists()
         assert call("validate", job).refuses(2) == sentence
@@ -467,8 +468,8 @@ def test_said_before_the_first_shard(overrides, words, job_file, values, call, m
     monkeypatch.setattr(models, "_dimension", lambda path: None)
     call("run", job_file(**overrides)).refuses(2, *words)
     root = Path(values()["root"])
-    assert ledger.begun(root) is None
-    assert ledger.Ledger(root, "embed").names() == set()
+    assert ledger.begun(Root(root)) is None
+    assert ledger.Ledger(Root(root), "embed").names() == set()
     assert call("run", job_file()).code == 0  # the root is as good as new
 
 
@@ -485,13 +486,13 @@ def test_a_model_that_cannot_be_loaded(file, damage, code, words, model, job_fil
     damaged = next(Path("odd").rglob(file))
     damaged.write_bytes(damage(damaged.read_bytes()))
     call("run", job_file(model__name="odd")).refuses(code, *words)
-    assert ledger.begun(Path(values()["root"])) is None
+    assert ledger.begun(Root(Path(values()["root"]))) is None
 
 
 def test_a_query_the_model_cannot_embed(job_file, values, call):
     write({"q.csv": but(QUERIES, text=["w001", "unheard"])})
     call("run", job_file(evaluate__queries="q.csv")).refuses(3, "evaluate.queries", "q.csv", "query 1", "zero_norm")
-    assert ledger.newest_generation(Path(values()["root"])) is None
+    assert ledger.newest_generation(Root(Path(values()["root"]))) is None
     assert call("run", job_file()).code == 0
 
 
@@ -521,7 +522,7 @@ def test_a_full_disk_can_be_resumed(job_file, values, call, monkeypatch):
     with monkeypatch.context() as broken:
         broken.setattr(store, "lance_write_fragments", full)
         call("run", job).refuses(1, "No space left on device", "run again")
-    assert ledger.newest_generation(Path(values()["root"])) is None
+    assert ledger.newest_generation(Root(Path(values()["root"]))) is None
     assert call("run", job).code == 0
     assert len(open_index(values()["root"]).search(VECTOR, k=200)) == 120
 
@@ -535,7 +536,7 @@ def test_a_cluster_out_of_reach(job_file, values, call, monkeypatch):
     monkeypatch.setattr(ray, "init", lost)
     job = job_file(workers={"count": 1, "address": "10.0.0.1:6379"})
     call("run", job).refuses(1, "cannot reach a Ray cluster", "10.0.0.1:6379", "any running Ray")
-    assert ledger.begun(Path(values()["root"])) is None
+    assert ledger.begun(Root(Path(values()["root"]))) is None
 
 
 def test_a_defect_keeps_its_traceback(job_file, call, monkeypatch):
@@ -560,7 +561,7 @@ def test_a_spent_budget_can_be_raised(job_file, values, call):
     job = job_file(corpus__source="rows.csv", corpus__text="text")
     call("run", job).refuses(3, "11 of 20 rows", "zero_norm 11")
     assert call("run", job, "--set", "corpus.max_quarantined=0.6").code == 0
-    assert ledger.newest_generation(Path(values()["root"]))["corpus"]["quarantined"] == 11
+    assert ledger.newest_generation(Root(Path(values()["root"])))["corpus"]["quarantined"] == 11
 
 
 # A finished root refuses what would change or mix it
@@ -611,7 +612,7 @@ class Finished:
     def _published(self) -> dict[str, str]:
         files = (path for path in self.root.rglob("*") if path.is_file())
         names = {path.relative_to(self.root).as_posix(): path for path in files}
-        return {name: store.sha256(path) for name, path in names.items() if not name.startswith("_state/")}
+        return {name: sha256(path) for name, path in names.items() if not name.startswith("_state/")}
 
 
 @pytest.fixture
@@ -634,7 +635,6 @@ REFUSED = [
     case("no-texts-kept", 4, "corpus.keep_text", "True then", "False now", corpus__keep_text=False),
     case("other-shards", 4, "corpus.shard_rows", "8192 then", "50 now", corpus__shard_rows=50),
     case("other-vectors", 4, "embed.vectors", "'float16' then", "'float32' now", embed__vectors="float32"),
-    case("parquet-too", 4, "embed.parquet", "False then", "True now", embed__parquet=True),
     case("another-precision", 4, "model.precision", "'float32' then", "'bfloat16' now", model__precision="bfloat16"),
     case("document-prompt", 4, "model.prompts.document", "'' then", "'a ' now", model__prompts={"document": "a "}),
     case("query-prompt", 4, "model.prompts.query", "'' then", "'a ' now", model__prompts={"query": "a "}),
@@ -660,7 +660,7 @@ def test_a_finished_root_stays_as_it_is(case, finished, call):
 @pytest.mark.parametrize("command", ["run", "evaluate"])
 def test_a_held_root(command, finished, call):
     with ThreadPoolExecutor(1) as elsewhere:  # in this thread, filelock would call it a deadlock
-        held = store.lock(finished.root)
+        held = lock.lock(Root(finished.root))
         elsewhere.submit(held.__enter__).result()
         try:
             call(command, finished.job()).refuses(5, str(finished.root), "held by another job", "process")
@@ -675,14 +675,14 @@ def test_a_missed_floor_publishes_nothing(job_file, values, call):
     job = job_file(**UNREACHED)
     for _ in range(2):  # the second time, everything but the evaluation is done
         call("run", job).refuses(6, "cascade", "recall_exact", "< 1")
-        assert ledger.newest_generation(Path(values()["root"])) is None
+        assert ledger.newest_generation(Root(Path(values()["root"]))) is None
     call("search", job, "w001").refuses(4, "no finished generation")
     assert call("run", job, "--set", "evaluate.floor={}").code == 0
 
 
 @pytest.mark.parametrize("version", ["cleaned-up", "deleted"])
 def test_a_pinned_version_that_is_gone(version, finished, call):
-    uri = store.table_uri(finished.root, "prefix_8_binary")
+    uri = store.table_uri(Root(finished.root), "prefix_8_binary")
     if version == "cleaned-up":
         table = lance.dataset(uri)
         table.delete("row = 0")
@@ -690,7 +690,7 @@ def test_a_pinned_version_that_is_gone(version, finished, call):
     else:
         shutil.rmtree(Path(uri) / "_versions")
     call("search", finished.root, "w001").refuses(4, "prefix_8_binary", "version", "run the job again")
-    assert ledger.newest_generation(finished.root)["generation"] == 1
+    assert ledger.newest_generation(Root(finished.root))["generation"] == 1
     assert call("run", finished.job()).code == 0
     assert finished.hits().equals(finished.found)
 
@@ -710,8 +710,8 @@ def test_a_root_without_a_generation(arguments, words, job_file, values, call):
     root.mkdir()
     places = {"JOB": str(job_file()), "ROOT": str(root)}
     call(*(places.get(part, part) for part in arguments.split())).refuses(4, str(root), *words)
-    assert ledger.newest_generation(root) is None
-    assert ledger.begun(root) is None
+    assert ledger.newest_generation(Root(root)) is None
+    assert ledger.begun(Root(root)) is None
 
 
 def test_an_unfinished_root_is_not_searched(job_file, values, call):
@@ -723,8 +723,8 @@ def test_an_unfinished_root_is_not_searched(job_file, values, call):
 
 
 def test_search_with_another_model_than_recorded(finished, other_model, call):
-    generation = ledger.newest_generation(finished.root)
-    index = Index(finished.root, generation, model=str(other_model))
+    generation = ledger.newest_generation(Root(finished.root))
+    index = Index(Root(finished.root), generation, model=str(other_model))
     with pytest.raises(PipelineError, match="the tables need") as refusal:
         index.search("w001")
     assert refusal.value.exit_code == 3
@@ -843,4 +843,4 @@ def test_a_real_process(arguments, code, words, job_file, values):
     command = [sys.executable, "-m", "pipeline", *(places.get(part, part) for part in arguments.split())]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     Outcome(ended.returncode, ended.stdout, ended.stderr).refuses(code, *words)
-    assert ledger.newest_generation(root) is None
+    assert ledger.newest_generation(Root(root)) is None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError, PipelineError, SpecError
-from pipeline.store import sha256
+from pipeline.storage import sha256
 
 PACKAGED = {
     "all-MiniLM-L6-v2": (

@@ -1,0 +1,122 @@
+"""Before a run: what was damaged since it was written is set aside, so that only its work is done again.
+
+A file whose size and time are those of the last look is trusted (`verify` re-reads everything, and touches what it
+finds damaged, so that the next run looks again).
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline import ledger
+from pipeline.errors import DamageError
+from pipeline.storage import ASIDE, DRAFTS, KEPT, STATE, Root, read_signed, sha256, signed, to_json
+
+log = logging.getLogger(__name__)
+
+STAMPS = f"{STATE}/stamps.json"
+"""Size and time of every file at the last look: a cache, which may be lost."""
+Stamps = dict[str, list[int]]
+UNSIGNED = (ASIDE, DRAFTS, f"{STATE}/locks")
+
+
+def run(root: Root) -> set[str]:
+    """Set damaged files aside; names of the tables that miss something and must be published afresh."""
+    known = _known(root)
+    seen = _stamps(root)
+    for name in sorted(_private(root, seen)):
+        if seen[name] != known.get(name) and not _is_whole(root, name):
+            _set_aside(root, name)
+    ledger.restore(root)
+    try:
+        newest = ledger.newest_generation(root)
+    except DamageError:  # set aside just now, or beyond that: nothing is known of the files
+        newest = None
+    files: Mapping[str, str] = {} if newest is None else newest["files"]
+    damaged = set()
+    for name, digest in files.items():
+        if name in seen and seen[name] == known.get(name):
+            continue
+        if name not in seen or sha256(root / name) != digest:
+            damaged.add(name)
+            if name in seen:
+                _set_aside(root, name)
+    return {name.split("/")[1].removesuffix(".lance") for name in damaged if name.startswith("lancedb/")}
+
+
+def remember(root: Root) -> None:
+    """Note size and time of every file, all of which are known to be whole."""
+    root.write(STAMPS, to_json(signed({"files": _stamps(root)})))
+
+
+def table_files(
+    root: Root, tables: Mapping[str, Mapping[str, str]], newest: Mapping[str, Any] | None
+) -> dict[str, str]:
+    """sha256 by name of every file in the folders of these tables; those of data files come with them.
+
+    Files of the newest generation that did not change since the last look are not read again.
+    """
+    known, seen = _known(root), _stamps(root)
+    before: Mapping[str, str] = {} if newest is None else newest["files"]
+    digests = {
+        f"lancedb/{table}.lance/data/{path}": one for table, files in tables.items() for path, one in files.items()
+    }
+    found = {}
+    for name in seen:
+        if name.startswith("lancedb/") and name.split("/")[1].removesuffix(".lance") in tables:
+            unchanged = name in before and seen[name] == known.get(name)
+            found[name] = digests.get(name) or (before[name] if unchanged else sha256(root / name))
+    return found
+
+
+def _known(root: Root) -> Stamps:
+    try:
+        return dict((read_signed(root, STAMPS) or {"files": {}})["files"])
+    except DamageError:
+        return {}
+
+
+def _stamps(root: Root) -> Stamps:
+    """Size and time in nanoseconds of every file below the root, by name."""
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in _walk(root.path, "")}
+
+
+def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
+    try:
+        entries = list(os.scandir(folder))
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        name = prefix + entry.name
+        if entry.is_dir(follow_symlinks=False):
+            if name not in (DRAFTS, ASIDE):
+                yield from _walk(folder / entry.name, name + "/")
+        elif entry.is_file(follow_symlinks=False) and not entry.name.startswith("."):
+            yield name, entry.stat()
+
+
+def _private(root: Root, seen: Stamps) -> Iterator[str]:
+    """Files that tell by themselves whether they are whole."""
+    for name in seen:
+        kept = name.startswith(f"{KEPT}/")
+        signed_one = name.startswith((f"{STATE}/", "generations/")) and name.endswith(".json") and name != STAMPS
+        if kept or (signed_one and not name.startswith(UNSIGNED)):
+            yield name
+
+
+def _is_whole(root: Root, name: str) -> bool:
+    if name.startswith(f"{KEPT}/"):
+        return root.has(name.removeprefix(f"{KEPT}/"))
+    try:
+        read_signed(root, name)
+    except (DamageError, json.JSONDecodeError):
+        return False
+    return True
+
+
+def _set_aside(root: Root, name: str) -> None:
+    log.warning("repair damaged=%s: set aside, what it held is done again", name)
+    root.set_aside(name)

@@ -1,0 +1,343 @@
+"""The one seam to storage: every file of a root but Lance's own goes through `Root`.
+
+A file appears whole or not at all: draft, fsync, rename (or link, which never replaces), fsync of the folder. Drafts
+lie in a folder of the job that holds the root, so that what a killed one left is known by name. `Disk` is the real
+storage; tests put a simulated one in its place that stops, fails, tears or forgets at any call.
+"""
+
+import hashlib
+import json
+import os
+import time
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from pipeline.errors import DamageError, SpecError
+
+STATE = "_state"
+DRAFTS = f"{STATE}/drafts"
+KEPT = f"{STATE}/kept"
+"""Files named by their sha256: written once, never changed."""
+ASIDE = f"{STATE}/damaged"
+"""Where damaged files are moved, out of every reader's way."""
+
+
+class Backend(Protocol):
+    """What storage must do. Each call is one step, which may fail by itself with OSError."""
+
+    def put(self, path: Path, data: bytes) -> None:
+        """Make a file of these bytes, not yet durable."""
+
+    def sync(self, path: Path) -> None:
+        """Bring a file's bytes to disk."""
+
+    def replace(self, source: Path, target: Path) -> None:
+        """Rename; a target that exists is replaced."""
+
+    def link(self, source: Path, target: Path) -> None:
+        """Give a file a second name; FileExistsError where the name is taken."""
+
+    def make_folder(self, folder: Path) -> None:
+        """Make a folder and those above it, durable; no error where it exists."""
+
+    def sync_folder(self, folder: Path) -> None:
+        """Bring a folder's names to disk."""
+
+    def get(self, path: Path) -> bytes:
+        """A file's bytes; FileNotFoundError."""
+
+    def digest(self, path: Path) -> str | None:
+        """sha256 of a file's bytes, in hex; None where there is no file."""
+
+    def names(self, folder: Path) -> list[str]:
+        """Names in a folder; none where there is no folder."""
+
+    def size(self, path: Path) -> int | None:
+        """A file's bytes counted; None where there is no file."""
+
+    def delete(self, path: Path) -> None:
+        """Remove a file; no error where there is none."""
+
+    def remove_folder(self, folder: Path) -> None:
+        """Remove a folder and what is in it; no error where there is none."""
+
+    def unique(self) -> str:
+        """A name that was never given before."""
+
+    def clock(self) -> float:
+        """Monotonic seconds."""
+
+    def sleep(self, seconds: float) -> None:
+        """Wait."""
+
+
+class Disk:
+    """A local file system, or one mounted."""
+
+    def put(self, path: Path, data: bytes) -> None:
+        """Make a file of these bytes, not yet durable."""
+        with path.open("wb") as file:
+            file.write(data)
+
+    def sync(self, path: Path) -> None:
+        """Bring a file's bytes to disk."""
+        _fsync(path)
+
+    def replace(self, source: Path, target: Path) -> None:
+        """Rename; a target that exists is replaced."""
+        source.replace(target)
+
+    def link(self, source: Path, target: Path) -> None:
+        """Give a file a second name; FileExistsError where the name is taken."""
+        os.link(source, target)
+
+    def make_folder(self, folder: Path) -> None:
+        """Make a folder and those above it, durable; no error where it exists."""
+        if folder.is_dir():
+            return
+        self.make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _fsync(folder.parent)
+
+    def sync_folder(self, folder: Path) -> None:
+        """Bring a folder's names to disk."""
+        _fsync(folder)
+
+    def get(self, path: Path) -> bytes:
+        """A file's bytes; FileNotFoundError."""
+        return path.read_bytes()
+
+    def digest(self, path: Path) -> str | None:
+        """sha256 of a file's bytes, in hex; None where there is no file."""
+        return sha256(path) if path.is_file() else None
+
+    def names(self, folder: Path) -> list[str]:
+        """Names in a folder; none where there is no folder."""
+        try:
+            return [entry.name for entry in os.scandir(folder)]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def size(self, path: Path) -> int | None:
+        """A file's bytes counted; None where there is no file."""
+        return path.stat().st_size if path.is_file() else None
+
+    def delete(self, path: Path) -> None:
+        """Remove a file; no error where there is none."""
+        path.unlink(missing_ok=True)
+
+    def remove_folder(self, folder: Path) -> None:
+        """Remove a folder and what is in it; no error where there is none."""
+        for below, folders, files in os.walk(folder, topdown=False):
+            for name in files:
+                Path(below, name).unlink(missing_ok=True)
+            for name in folders:
+                Path(below, name).rmdir()
+        if folder.is_dir():
+            folder.rmdir()
+
+    def unique(self) -> str:
+        """A name that was never given before."""
+        return uuid.uuid4().hex
+
+    def clock(self) -> float:
+        """Monotonic seconds."""
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        """Wait."""
+        time.sleep(seconds)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@dataclass(frozen=True)
+class Root:
+    """All that a job writes, below one folder; `fence` is the number of the job that holds it (0: a reader).
+
+    Names are relative, with `/`. One that leads out of the root is a DamageError: only a damaged record has it.
+    """
+
+    path: Path
+    fence: int = 0
+    disk: Backend = field(default_factory=Disk)
+
+    def __truediv__(self, name: str) -> Path:
+        """Where a file of the root lies."""
+        return self.path / _inside(name)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write or replace a file in one step, durable when this returns."""
+        target = self._ready(name)
+        self.disk.replace(self._draft(data), target)
+        self.disk.sync_folder(target.parent)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a file unless one of that name exists; True where this call made it."""
+        target = self._ready(name)
+        draft = self._draft(data)
+        try:
+            self.disk.link(draft, target)
+        except FileExistsError:
+            return False
+        finally:
+            self.disk.delete(draft)
+        self.disk.sync_folder(target.parent)
+        return True
+
+    def adopt(self, draft: Path, name: str) -> None:
+        """Move a finished draft, its bytes on disk, to its name; durable when this returns."""
+        target = self._ready(name)
+        self.disk.replace(draft, target)
+        self.disk.sync_folder(target.parent)
+
+    def read(self, name: str) -> bytes | None:
+        """A file's bytes; None where there is no such file."""
+        try:
+            return self.disk.get(self / name)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def size(self, name: str) -> int | None:
+        """A file's bytes counted; None where there is no such file."""
+        return self.disk.size(self / name)
+
+    def names(self, folder: str) -> list[str]:
+        """Names in a folder, in order; none where there is no folder."""
+        return sorted(self.disk.names(self / folder))
+
+    def delete(self, name: str) -> None:
+        """Remove a file that our own records name; DamageError where a link leads out of the root."""
+        path = self / name
+        if not path.parent.resolve().is_relative_to(self.path.resolve()):
+            raise DamageError(f"{path} leads out of {self.path} by a link; nothing was deleted")
+        self.disk.delete(path)
+
+    def set_aside(self, name: str) -> None:
+        """Move a damaged file to `_state/damaged`, so that no reader takes it and its work is done again."""
+        target = self._ready(f"{ASIDE}/{self.disk.unique()}-{PurePosixPath(name).name}")
+        self.disk.replace(self / name, target)
+        self.disk.sync_folder((self / name).parent)
+
+    def keep(self, data: bytes) -> str:
+        """Keep bytes under their sha256, which is returned; the same bytes are kept once."""
+        digest = hashlib.sha256(data).hexdigest()
+        if not self.has(digest):
+            self.write(kept_name(digest), data)
+        return digest
+
+    def keep_file(self, draft: Path) -> str:
+        """Keep a draft's bytes under their sha256."""
+        self.disk.sync(draft)
+        digest = sha256(draft)
+        self.adopt(draft, kept_name(digest))
+        return digest
+
+    def kept(self, digest: str) -> bytes:
+        """The bytes of that sha256; DamageError where they are gone or changed."""
+        data = self.read(kept_name(digest))
+        if data is None or hashlib.sha256(data).hexdigest() != digest:
+            raise DamageError(f"{self / kept_name(digest)} is not what was written; run the job again to repair it")
+        return data
+
+    def has(self, digest: str) -> bool:
+        """Whether the bytes of that sha256 are there and whole."""
+        return self.disk.digest(self / kept_name(digest)) == digest
+
+    def draft_folder(self) -> Path:
+        """A folder of its own for files that others write; removed with this job's drafts."""
+        folder = self / f"{DRAFTS}/{self.fence}/{self.disk.unique()}"
+        self.disk.make_folder(folder)
+        return folder
+
+    def drop_drafts(self, fence: int) -> None:
+        """Remove what the holder of that number left unfinished."""
+        self.disk.remove_folder(self / f"{DRAFTS}/{fence}")
+
+    def _ready(self, name: str) -> Path:
+        target = self / name
+        self.disk.make_folder(target.parent)
+        return target
+
+    def _draft(self, data: bytes) -> Path:
+        folder = self / f"{DRAFTS}/{self.fence}"
+        self.disk.make_folder(folder)
+        draft = folder / self.disk.unique()
+        try:
+            self.disk.put(draft, data)
+            self.disk.sync(draft)  # a failed fsync is never tried again: the draft is given up
+        except OSError:
+            self.disk.delete(draft)
+            raise
+        return draft
+
+
+def kept_name(digest: str) -> str:
+    """Where the bytes of a sha256 are kept."""
+    return f"{KEPT}/{digest}"
+
+
+def _inside(name: str) -> PurePosixPath:
+    """A name as a path below the root; DamageError for one that leads elsewhere."""
+    parts = name.split("/")
+    if not name or any(part in ("", ".", "..") for part in parts) or any(c in name for c in "\\\0:"):
+        raise DamageError(f"{name!r} is no name of a file below a root; the record that holds it is damaged")
+    return PurePosixPath(name)
+
+
+def prepare(root: Root) -> None:
+    """Make the root's folders; SpecError where that is not allowed, or where storage cannot do what is needed."""
+    if "://" in str(root.path) or ":/" in str(root.path):
+        raise SpecError(f"root {root.path}: object stores are not supported yet; name a folder")
+    try:
+        for name in (STATE, "lancedb", "generations"):
+            root.disk.make_folder(root / name)
+        probe = f"{STATE}/probe-{root.disk.unique()}"
+        made = root.create(probe, b""), root.create(probe, b"")
+        root.delete(probe)
+    except OSError as error:
+        raise SpecError(
+            f"cannot write to root {root.path}: {error.strerror}; choose a folder that can be written"
+        ) from None
+    if made != (True, False):
+        raise SpecError(f"root {root.path}: its file system replaces files that exist; choose another one")
+
+
+def to_json(value: Any) -> bytes:
+    """Canonical JSON: sorted keys, no NaN."""
+    return json.dumps(value, sort_keys=True, allow_nan=False, separators=(",", ":")).encode()
+
+
+def signed(value: dict[str, Any]) -> dict[str, Any]:
+    """The value with its checksum: sha256 over its canonical JSON without one."""
+    body = {name: one for name, one in value.items() if name != "checksum"}
+    return {**body, "checksum": hashlib.sha256(to_json(body)).hexdigest()}
+
+
+def read_signed(root: Root, name: str) -> dict[str, Any] | None:
+    """A value written with its checksum; None where there is none, DamageError where it changed since."""
+    data = root.read(name)
+    if data is None:
+        return None
+    try:
+        value = json.loads(data)
+        whole = value == signed(value)
+    except (ValueError, AttributeError, RecursionError):
+        whole = False
+    if not whole:
+        raise DamageError(f"{root / name} is not what was written; run the job again to repair it")
+    return dict(value)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
