@@ -76,7 +76,7 @@ def run(
     otherwise, SpecError where a prefix is longer than the model's vectors, DataError where the budget is spent.
     """
     fixed = {**corpus_fields, **_fixed_fields(spec, folder)}
-    standing, book = ledger.begun(root), Ledger(root, "embed")
+    standing, book = ledger.restore(root), Ledger(root, "embed")
     if standing is not None:
         wanted = {**fixed, **_insisted(spec, standing)}
         ledger.refuse_changes(root, standing, {field: wanted[field] for field in wanted if field != "scan"})

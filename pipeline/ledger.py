@@ -114,20 +114,20 @@ def begun(root: Root) -> Record | None:
     return read_signed(root, JOB_COPY)
 
 
-def restore(root: Root) -> None:
-    """Make both copies of what the root was begun with from the one that is left."""
+def restore(root: Root) -> Record | None:
+    """What the root was begun with, after both copies of it were made durable."""
     standing = begun(root)
     if standing is not None:
         for name in (JOB_COPY, JOB):
             root.create(name, to_json(signed(standing)))
+    return standing
 
 
 def begin(root: Root, fingerprint: Mapping[str, Any]) -> Record:
     """Begin a root, or go on with it; StaleError where it was begun otherwise."""
     wanted = json.loads(to_json(dict(fingerprint)))
     root.create(JOB_COPY, to_json(signed(wanted)))
-    restore(root)
-    standing = begun(root)
+    standing = restore(root)
     assert standing is not None
     refuse_changes(root, standing, wanted)
     return standing

@@ -6,6 +6,7 @@ taker's own clock, is taken over. Nothing rests on that guess: what a holder tha
 lower number, or a name that stands already, and has no effect.
 """
 
+import errno
 import logging
 import os
 import socket
@@ -16,13 +17,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.errors import DamageError, LockedError
-from pipeline.storage import DRAFTS, STATE, Root, read_signed, signed, to_json
+from pipeline.storage import DRAFTS, STATE, Root, not_writable, read_signed, signed, to_json
 
 log = logging.getLogger(__name__)
 
 LOCKS = f"{STATE}/locks"
 PATIENCE = 60.0
 """Seconds that a holder elsewhere may stand still."""
+REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTSUP, errno.ENOSYS}
+"""Errors of a file system that cannot be written, or that cannot name a file only where no other has the name."""
 BEAT, POLL = 5.0, 1.0
 """Seconds between two beats of a holder, and between two looks of one who waits."""
 
@@ -112,12 +115,24 @@ def take(root: Root, me: Owner) -> Root:
         raise _refused(root, owner)
     held = replace(root, fence=last + 1)
     claim = {**vars(me), "presumed_dead": owner is not None and not owner.is_here()}
-    if not held.create(_claim(held.fence), to_json(signed(claim))) or highest(root) != held.fence:
+    if not _claimed(root, held.fence, to_json(signed(claim))) or highest(root) != held.fence:
         raise _refused(root, _owner(root, highest(root)))
     if owner is not None:
         log.warning("lock took over from process=%d host=%s", owner.process, owner.host)
     _clean(held)
     return held
+
+
+def _claimed(root: Root, fence: int, claim: bytes) -> bool:
+    """Whether this call made the claim; SpecError where the file system refuses."""
+    try:
+        return root.create(_claim(fence), claim)
+    except FileNotFoundError:  # whoever claimed it meanwhile removed the drafts of those without a number
+        return False
+    except OSError as error:
+        if error.errno in REFUSALS:
+            raise not_writable(root, error) from None
+        raise
 
 
 def check(held: Root) -> None:

@@ -30,7 +30,6 @@ def run(root: Root) -> set[str]:
     for name in sorted(_private(root, seen)):
         if seen[name] != known.get(name) and not _is_whole(root, name):
             _set_aside(root, name)
-    ledger.restore(root)
     try:
         newest = ledger.newest_generation(root)
     except DamageError:  # set aside just now, or beyond that: nothing is known of the files

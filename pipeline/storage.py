@@ -181,17 +181,18 @@ class Root:
         self.disk.sync_folder(target.parent)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write a file unless one of that name exists; True where this call made it."""
+        """Write a file unless one of that name exists; True where this call made it. Durable either way."""
         target = self._ready(name)
         draft = self._draft(data)
+        made = True
         try:
             self.disk.link(draft, target)
         except FileExistsError:
-            return False
+            made = False
         finally:
             self.disk.delete(draft)
         self.disk.sync_folder(target.parent)
-        return True
+        return made
 
     def adopt(self, draft: Path, name: str) -> None:
         """Move a finished draft, its bytes on disk, to its name; durable when this returns."""
@@ -230,7 +231,9 @@ class Root:
     def keep(self, data: bytes) -> str:
         """Keep bytes under their sha256, which is returned; the same bytes are kept once."""
         digest = hashlib.sha256(data).hexdigest()
-        if not self.has(digest):
+        if self.has(digest):  # but maybe not yet durable, if another process made it
+            self.disk.sync_folder(self / KEPT)
+        else:
             self.write(kept_name(digest), data)
         return digest
 
@@ -294,21 +297,19 @@ def _inside(name: str) -> PurePosixPath:
 
 
 def prepare(root: Root) -> None:
-    """Make the root's folders; SpecError where that is not allowed, or where storage cannot do what is needed."""
+    """Make the root's folders; SpecError where that is not allowed."""
     if "://" in str(root.path) or ":/" in str(root.path):
         raise SpecError(f"root {root.path}: object stores are not supported yet; name a folder")
     try:
         for name in (STATE, "lancedb", "generations"):
             root.disk.make_folder(root / name)
-        probe = f"{STATE}/probe-{root.disk.unique()}"
-        made = root.create(probe, b""), root.create(probe, b"")
-        root.delete(probe)
     except OSError as error:
-        raise SpecError(
-            f"cannot write to root {root.path}: {error.strerror}; choose a folder that can be written"
-        ) from None
-    if made != (True, False):
-        raise SpecError(f"root {root.path}: its file system replaces files that exist; choose another one")
+        raise not_writable(root, error) from None
+
+
+def not_writable(root: Root, error: OSError) -> SpecError:
+    """What to tell of a root that cannot be used."""
+    return SpecError(f"cannot write to root {root.path}: {error.strerror}; choose a folder that can be written")
 
 
 def to_json(value: Any) -> bytes:

@@ -91,7 +91,7 @@ def write_fragments(root: Root, table: str, data: pa.Table, schema: pa.Schema, r
         return Written([], {})
     draft = root.draft_folder()
     fragments = draft_fragments(draft, data, schema)
-    files = {path: sha256(draft / "data" / path) for path in _data_files(fragments)}
+    files = {path: str(root.disk.digest(draft / "data" / path)) for path in _data_files(fragments)}
     note = {"table": table, "files": list(files), "record": record}
     root.create(f"{MOVES}/{root.fence}-{root.disk.unique()}.json", to_json(signed(note)))
     for path in files:
@@ -102,15 +102,23 @@ def write_fragments(root: Root, table: str, data: pa.Table, schema: pa.Schema, r
 
 
 def drop_leftovers(root: Root) -> None:
-    """Delete data files of work whose record names others; what has no record yet is left alone."""
+    """Delete data files of work whose record names others; what has no record yet is left alone.
+
+    A note stays while its file is not there: a worker that was given up may still move it in, and a later run sees it.
+    """
     for name in root.names(MOVES):
         note = read_signed(root, f"{MOVES}/{name}")
         record = None if note is None else read_signed(root, f"{STATE}/{note['record']}.json")
         if note is None or record is None:
             continue
-        for path in set(note["files"]) - set(record["files"]):
-            root.delete(data_name(note["table"], path))
-        root.delete(f"{MOVES}/{name}")
+        leftover = [data_name(note["table"], path) for path in set(note["files"]) - set(record["files"])]
+        there = [path for path in leftover if root.size(path) is not None]
+        for path in there:
+            root.delete(path)
+        if there:  # the note may only go when its files are gone for sure
+            root.disk.sync_folder(root / f"{table_name(note['table'])}/data")
+        if len(there) == len(leftover):
+            root.delete(f"{MOVES}/{name}")
 
 
 def commit(root: Root, table: str, schema: pa.Schema, fragments: Sequence[dict[str, Any]], afresh: bool = False) -> int:
@@ -126,13 +134,17 @@ def commit(root: Root, table: str, schema: pa.Schema, fragments: Sequence[dict[s
     if version is None:
         root.disk.make_folder(root / table_name(table))
         try:
-            version = int(lance.LanceDataset.commit(uri, lance.LanceOperation.Overwrite(schema, parsed)).version)
+            version = _overwrite(uri, schema, parsed)
         except (OSError, RuntimeError):
             version = _landed(uri, parsed)  # the reply may be lost where the commit is not
             if version is None:
                 raise
     sync_table(root, table)
     return version
+
+
+def _overwrite(uri: str, schema: pa.Schema, fragments: Sequence[FragmentMetadata]) -> int:
+    return int(lance.LanceDataset.commit(uri, lance.LanceOperation.Overwrite(schema, fragments)).version)
 
 
 def _landed(uri: str, wanted: Sequence[FragmentMetadata]) -> int | None:
