@@ -7,8 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "pipeline"
 LEVELS = [
-    {"errors", "vectors", "metrics", "template", "sentences"},
-    {"rotation", "filters", "plots"},
+    {"errors", "vectors", "metrics", "template", "sentences", "limits"},
+    {"rotation", "filters", "plots", "parquet", "lines"},
     {"transform", "html"},
     {"probe", "adaptor"},
     {"spec", "store", "docstrings", "tables", "ids"},
