@@ -3,7 +3,9 @@
 A footer can lie about its pages; then what is read differs from what it says, and that is refused too.
 """
 
+import io
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,6 +17,34 @@ from pipeline.errors import DataError
 BATCH_ROWS = 4096
 HEADER_BYTES = 16
 """Of a page header: its kind and its unpacked size stand in them."""
+
+
+class _NoPages(Exception):
+    """Pages were asked for."""
+
+
+class _Footer(io.RawIOBase):
+    """A file of which no page can be read."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._at = size, 0
+
+    def readable(self) -> bool:
+        """Yes, says it."""
+        return True
+
+    def tell(self) -> int:
+        """Where it stands."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Stand elsewhere."""
+        self._at = (0, self._at, self._size)[whence] + offset
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        """Raise _NoPages."""
+        raise _NoPages
 
 
 class Parquet:
@@ -42,10 +72,7 @@ class Parquet:
 
     def batches(self, groups: Sequence[int], columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """These columns of these row groups; DataError where the pages are not what the footer says."""
-        paths = [self.file.schema.column(number).path for number in range(self.file.metadata.num_columns)]
-        prefixes = tuple(f"{name}." for name in columns)
-        leaves = [number for number, path in enumerate(paths) if f"{path}.".startswith(prefixes)]
-        sizes = [self._batch_rows(group, leaves) for group in groups]
+        sizes = [self._batch_rows(group, columns) for group in groups]
         for group, rows in zip(groups, sizes, strict=True):
             read = 0
             for batch in self.file.iter_batches(rows, row_groups=[group], columns=list(columns)):
@@ -54,15 +81,36 @@ class Parquet:
             if read != self.groups[group]:
                 raise self._damaged(f"row group {group} has {read:,} rows, its footer says {self.groups[group]:,}")
 
-    def _batch_rows(self, group: int, leaves: Sequence[int]) -> int:
-        """Rows of a batch that keeps within BATCH_BYTES, after the footer's sizes are checked."""
-        chunks = [self.file.metadata.row_group(group).column(leaf) for leaf in leaves]
-        for chunk in chunks:
-            start, packed, unpacked = _start(chunk), chunk.total_compressed_size, chunk.total_uncompressed_size
-            if min(start, packed, unpacked) < 0 or start + packed > self._size:
-                raise self._damaged(f"column {chunk.path_in_schema!r} of row group {group} lies outside the file")
-            most = max(limits.FREE_BYTES, limits.MAX_PACKING * packed)
-            self._check(f"bytes that {packed:,} of column {chunk.path_in_schema!r} unpack to", unpacked, most)
+    def packed_bytes(self, group: int, columns: Sequence[str]) -> int:
+        """What these columns of a row group take in the file."""
+        return sum(chunk.total_compressed_size for chunk in self._chunks(group, columns))
+
+    def _chunks(self, group: int, columns: Sequence[str]) -> list[pq.ColumnChunkMetaData]:
+        """What the footer says of these columns of a row group, checked."""
+        # Asked for a broken chunk's metadata, pyarrow 26 ends the process; a reader of the same raises an error.
+        blind = pa.PythonFile(_Footer(self._size), mode="r")
+        reader = pq.ParquetFile(blind, metadata=self.file.metadata, pre_buffer=False, buffer_size=4096)
+        with suppress(_NoPages):
+            list(reader.iter_batches(1, row_groups=[group], columns=list(columns), use_threads=False))
+        prefixes = tuple(f"{name}." for name in columns)
+        leaves = [self.file.schema.column(number) for number in range(self.file.metadata.num_columns)]
+        footer, chunks = self.file.metadata.row_group(group), []
+        for number, leaf in enumerate(leaves):
+            if f"{leaf.path}.".startswith(prefixes):
+                chunk = footer.column(number)
+                start, packed, unpacked = _start(chunk), chunk.total_compressed_size, chunk.total_uncompressed_size
+                if min(start, packed, unpacked) < 0 or start + packed > self._size:
+                    raise self._damaged(f"column {leaf.path!r} of row group {group} lies outside the file")
+                if chunk.path_in_schema != leaf.path or leaf.logical_type.type == "UNDEFINED":
+                    raise self._damaged(f"its footer is at odds with itself about column {leaf.path!r}")
+                most = max(limits.FREE_BYTES, limits.MAX_PACKING * packed)
+                self._check(f"bytes that {packed:,} of column {leaf.path!r} unpack to", unpacked, most)
+                chunks.append(chunk)
+        return chunks
+
+    def _batch_rows(self, group: int, columns: Sequence[str]) -> int:
+        """Rows of a batch that keeps within BATCH_BYTES."""
+        chunks = self._chunks(group, columns)
         total = sum(chunk.total_uncompressed_size for chunk in chunks)
         self._check(f"bytes that row group {group} unpacks to", total, limits.MAX_GROUP_BYTES)
         repeatable = sum(self._repeatable(chunk) for chunk in chunks)

@@ -201,14 +201,14 @@ class Reader:
                 yield from self._lines(file, start, stop)
 
     def _parquet(self, file: SourceFile, start: int, stop: int | None) -> Iterator[RawBatch]:
-        opened, first, skipped = _opened(file), 0, 0
+        source, first, skipped = opened(file), 0, 0
         wanted: list[int] = []
-        for group, rows in enumerate(opened.groups):
+        for group, rows in enumerate(source.groups):
             if first + rows > start and (stop is None or first < stop):
                 skipped = skipped if wanted else first
                 wanted.append(group)
             first += rows
-        yield from self._arrow(opened.batches(wanted, self._columns), file, skipped, start, stop)
+        yield from self._arrow(source.batches(wanted, self._columns), file, skipped, start, stop)
 
     def _lance(self, file: SourceFile, start: int, stop: int | None) -> Iterator[RawBatch]:
         table = store.open_table(file.path)
@@ -303,14 +303,15 @@ def _open(file: SourceFile) -> IO[bytes]:
     return io.BufferedReader(lines.Unpacked(stream, file.path, file.size) if compression else stream, 1 << 20)
 
 
-def _opened(file: SourceFile) -> Parquet:
+def opened(file: SourceFile) -> Parquet:
+    """An open Parquet file, wherever it lies, whose footer keeps within the limits."""
     filesystem, path, _ = locate(file.path)
     return Parquet(filesystem.open_input_file(path), file.path)
 
 
 def parquet_file(file: SourceFile) -> pq.ParquetFile:
-    """An open Parquet file, wherever it lies, whose footer keeps within the limits."""
-    return _opened(file).file
+    """The same as pyarrow's own."""
+    return opened(file).file
 
 
 def _check_unchanged(file: SourceFile) -> None:
