@@ -39,7 +39,11 @@ PAGES = {
     "delta": {
         "compression": "none",
         "use_dictionary": False,
-        "column_encoding": {"_id": "DELTA_BYTE_ARRAY", "text": "DELTA_LENGTH_BYTE_ARRAY", "year": "DELTA_BINARY_PACKED"},
+        "column_encoding": {
+            "_id": "DELTA_BYTE_ARRAY",
+            "text": "DELTA_LENGTH_BYTE_ARRAY",
+            "year": "DELTA_BINARY_PACKED",
+        },
     },
 }
 ORIGINALS = [(name, checked) for checked in (True, False) for name in PAGES]
@@ -296,11 +300,11 @@ def main() -> None:
     given = parser.parse_args()
     if given.batch:
         resource.setrlimit(resource.RLIMIT_AS, (BATCH_MEMORY, BATCH_MEMORY))
-        print(json.dumps(run(given.seed, range(*given.batch))))
+        sys.stdout.write(json.dumps(run(given.seed, range(*given.batch))))
         return
     figures = scoreboard(given.seed, given.count)
     text = json.dumps(figures, indent=2)
-    print(text)
+    sys.stdout.write(text + "\n")
     if given.out:
         given.out.write_text(text + "\n")
     sys.exit(bool(figures["crashes"] or figures["different_detectable"]))
