@@ -155,7 +155,7 @@ def dictionary_bytes(header: bytes) -> int:
 
 
 def check(column: pa.Array) -> None:
-    """Raise Arrow's error where offsets or indices point outside of their buffers. Bytes that are no UTF-8 may stand."""
+    """Raise Arrow's error where offsets or indices point outside of their buffers; bytes that are no UTF-8 pass."""
     if pa.types.is_dictionary(column.type):
         pa.DictionaryArray.from_arrays(column.indices, column.dictionary, safe=True)
     elif pa.types.is_string(column.type):
