@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pipeline import (
     corpus as corpus_stage,
     docstrings,
+    limits,
     rows as row_rule,
     sources,
     store,
@@ -134,12 +135,10 @@ def _blocks(file: SourceFile, corpus: Corpus) -> list[Window]:
     corpus_stage.check_columns(corpus, file, first=False)
     columns = row_rule.columns(corpus)
     with sources.reading(file):
-        footer, at, found = sources.parquet_file(file).metadata, 0, []
-        for group in (footer.row_group(number) for number in range(footer.num_row_groups)):
-            parts = [group.column(number) for number in range(group.num_columns)]
-            size = sum(one.total_compressed_size for one in parts if one.path_in_schema.split(".")[0] in columns)
-            found.append(Window(file.path, file, at, at + group.num_rows, size))
-            at += group.num_rows
+        opened, at, found = sources.opened(file), 0, []
+        for group, rows in enumerate(opened.groups):
+            found.append(Window(file.path, file, at, at + rows, opened.packed_bytes(group, columns)))
+            at += rows
     return found
 
 
@@ -201,6 +200,8 @@ def _unpacked(data: bytes, codec: str, is_whole: bool) -> bytes:
         try:
             while part := stream.read(4096):
                 unpacked += part
+                if len(unpacked) > limits.MAX_UNPACKED * max(len(data), 2**16):
+                    raise MemoryError(f"its first {len(data)} bytes unpack to more than {len(unpacked) - 1}")
         except OSError:  # the end is missing, as it must be where only the beginning was read
             if is_whole:
                 raise

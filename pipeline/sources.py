@@ -6,11 +6,9 @@ that cannot be read is a DataError. Nothing here holds more than a batch.
 
 import csv
 import glob
-import gzip
 import hashlib
 import io
-import json
-import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,15 +20,15 @@ import pyarrow.parquet as pq
 from fsspec.implementations.arrow import ArrowFSWrapper
 from pyarrow import fs
 
-from pipeline import docstrings, store
+from pipeline import docstrings, limits, lines, parquet, store
 from pipeline.errors import DataError, SpecError, StaleError
+from pipeline.parquet import BATCH_ROWS, Parquet
 
 SUFFIXES = {
     ".parquet": "parquet", ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".jsonl.zst": "jsonl",
     ".csv": "csv", ".txt": "txt", ".lance": "lance",
 }  # fmt: skip
 STDLIB = "docstrings:stdlib"
-BATCH_ROWS = 4096
 PEEK_ROWS = 1000
 """JSON rows looked at for column names before the scan reads them all."""
 
@@ -156,24 +154,32 @@ def _inside_lance(path: str) -> bool:
 def column_names(file: SourceFile) -> list[str]:
     """Names of a file's columns; for JSON those of the first rows. DataError where it cannot be read."""
     with reading(file):
-        if file.kind == "docstrings":
-            return ["id", "title", "text", "module"]
-        if file.kind == "txt":
-            return ["text"]
-        if file.kind == "parquet":
-            return list(parquet_file(file).schema_arrow.names)
-        if file.kind == "lance":
-            return list(store.open_table(file.path).schema.names)
-        if file.kind == "csv":
-            with _open(file) as stream:
-                return next(_csv_rows(stream), [])
-        names: dict[str, None] = {}
-        for number, row in enumerate(_records(file)):
-            if number == PEEK_ROWS:
-                break
-            if isinstance(row, dict):
-                names.update(dict.fromkeys(row))
-        return list(names)
+        names = _column_names(file)
+    if len(names) > limits.MAX_COLUMNS:
+        most = f"{limits.MAX_COLUMNS:,}"
+        raise DataError(f"cannot read {file.path}: it has more than {most} columns; write those that are used")
+    return names
+
+
+def _column_names(file: SourceFile) -> list[str]:
+    if file.kind == "docstrings":
+        return ["id", "title", "text", "module"]
+    if file.kind == "txt":
+        return ["text"]
+    if file.kind == "parquet":
+        return list(parquet_file(file).schema_arrow.names)
+    if file.kind == "lance":
+        return list(store.open_table(file.path).schema.names)
+    if file.kind == "csv":
+        with _open(file) as stream:
+            return next(lines.csv_rows(stream), [])
+    names: dict[str, None] = {}
+    for number, row in enumerate(_records(file)):
+        if number == PEEK_ROWS or len(names) > limits.MAX_COLUMNS:
+            break
+        if isinstance(row, dict):
+            names.update(dict.fromkeys(row))
+    return list(names)
 
 
 class Reader:
@@ -186,6 +192,7 @@ class Reader:
     def read(self, file: SourceFile, start: int = 0, stop: int | None = None) -> Iterator[RawBatch]:
         """Rows start … stop (None: to the end) in batches. DataError where the file cannot be read."""
         with reading(file):
+            _check_unchanged(file)
             if file.kind == "parquet":
                 yield from self._parquet(file, start, stop)
             elif file.kind == "lance":
@@ -194,34 +201,37 @@ class Reader:
                 yield from self._lines(file, start, stop)
 
     def _parquet(self, file: SourceFile, start: int, stop: int | None) -> Iterator[RawBatch]:
-        parquet = parquet_file(file)
-        first, wanted = 0, []
-        skipped: int | None = None
-        for group in range(parquet.num_row_groups):
-            rows = parquet.metadata.row_group(group).num_rows
+        source, first, skipped = opened(file), 0, 0
+        wanted: list[int] = []
+        for group, rows in enumerate(source.groups):
             if first + rows > start and (stop is None or first < stop):
-                skipped = first if skipped is None else skipped
+                skipped = skipped if wanted else first
                 wanted.append(group)
             first += rows
-        batches = parquet.iter_batches(BATCH_ROWS, row_groups=wanted, columns=self._columns) if wanted else iter(())
-        yield from self._arrow(batches, skipped or 0, start, stop)
+        yield from self._arrow(source.batches(wanted, self._columns), file, skipped, start, stop)
 
     def _lance(self, file: SourceFile, start: int, stop: int | None) -> Iterator[RawBatch]:
         table = store.open_table(file.path)
         limit = None if stop is None else stop - start
         batches = table.scanner(columns=self._columns, offset=start, limit=limit, batch_size=BATCH_ROWS).to_batches()
-        yield from self._arrow(batches, start, start, stop)
+        yield from self._arrow(batches, file, start, start, stop)
 
     def _arrow(
-        self, batches: Iterator[pa.RecordBatch], position: int, start: int, stop: int | None
+        self, batches: Iterator[pa.RecordBatch], file: SourceFile, position: int, start: int, stop: int | None
     ) -> Iterator[RawBatch]:
+        unpacked = 0
         for batch in batches:
             low = max(start - position, 0)
             high = batch.num_rows if stop is None else min(stop - position, batch.num_rows)
             if high > low:
                 part = batch.slice(low, high - low)
-                columns: dict[str, Column] = {name: _plain(part.column(name)) for name in self._columns}
-                yield RawBatch(position + low, part.num_rows, columns, {})
+                columns = {name: _plain(part.column(name)) for name in self._columns}
+                unpacked += sum(column.nbytes for column in columns.values())
+                if unpacked > max(limits.FREE_UNPACKED, limits.MAX_PACKING * file.size):
+                    most = f"{limits.MAX_PACKING:,} times its size"
+                    raise DataError(f"cannot read {file.path}: its rows unpack to more than {most}; leave it out")
+                bad = {row: why for column in columns.values() for row, why in parquet.too_long(column).items()}
+                yield RawBatch(position + low, part.num_rows, columns, bad)
             position += batch.num_rows
 
     def _lines(self, file: SourceFile, start: int, stop: int | None) -> Iterator[RawBatch]:
@@ -237,12 +247,14 @@ class Reader:
         while not ended and (stop is None or position < stop):
             size = BATCH_ROWS if stop is None else min(BATCH_ROWS, stop - position)
             rows: list[Any] = []
-            while len(rows) < size:
+            held = 0
+            while len(rows) < size and held < limits.BATCH_BYTES:
                 row = next(records, None)
                 if row is None:
                     ended = True
                     break
-                rows.append(row)
+                rows.append(row if isinstance(row, str) else [row.get(name) for name in self._columns])
+                held += sum(len(value) for value in rows[-1] if isinstance(value, str))
             if rows:
                 yield self._batch(position, rows)
             position += len(rows)
@@ -252,9 +264,16 @@ class Reader:
     def _batch(self, start: int, rows: list[Any]) -> RawBatch:
         bad = {number: row for number, row in enumerate(rows) if isinstance(row, str)}
         columns: dict[str, Column] = {
-            name: [None if isinstance(row, str) else row.get(name) for row in rows] for name in self._columns
+            name: [None if isinstance(row, str) else row[place] for row in rows]
+            for place, name in enumerate(self._columns)
         }
         return RawBatch(start, len(rows), columns, bad)
+
+
+BROKEN = (
+    pa.ArrowException, OSError, EOFError, MemoryError, OverflowError, UnicodeError, KeyError, csv.Error, zlib.error,
+)  # fmt: skip
+"""What libraries raise for a file that is broken, or too large for this machine."""
 
 
 @contextmanager
@@ -262,7 +281,7 @@ def reading(file: SourceFile) -> Iterator[None]:
     """Turn whatever a broken file raises into one DataError that names it."""
     try:
         yield
-    except (pa.ArrowException, OSError, EOFError, gzip.BadGzipFile) as error:
+    except BROKEN as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise DataError(f"cannot read {file.path}: {reason}; mend the file or leave it out") from None
 
@@ -280,17 +299,34 @@ def content_digest(file: SourceFile) -> str:
 def _open(file: SourceFile) -> IO[bytes]:
     filesystem, path, _ = locate(file.path)
     compression = {".gz": "gzip", ".zst": "zstd"}.get("." + path.lower().rpartition(".")[2])
-    return io.BufferedReader(filesystem.open_input_stream(path, compression=compression), 1 << 20)
+    stream = filesystem.open_input_stream(path, compression=compression)
+    return io.BufferedReader(lines.Unpacked(stream, file.path, file.size) if compression else stream, 1 << 20)
+
+
+def opened(file: SourceFile) -> Parquet:
+    """An open Parquet file, wherever it lies, whose footer keeps within the limits."""
+    filesystem, path, _ = locate(file.path)
+    return Parquet(filesystem.open_input_file(path), file.path)
 
 
 def parquet_file(file: SourceFile) -> pq.ParquetFile:
-    """An open Parquet file, wherever it lies."""
-    filesystem, path, _ = locate(file.path)
-    return pq.ParquetFile(filesystem.open_input_file(path))
+    """The same as pyarrow's own."""
+    return opened(file).file
+
+
+def _check_unchanged(file: SourceFile) -> None:
+    """DataError where a file is not as it was when the source was resolved; a file without a stamp passes."""
+    if not file.stamp or file.kind == "docstrings":
+        return
+    filesystem, path, scheme = locate(file.path)
+    info = filesystem.get_file_info(path)
+    if info.type == fs.FileType.NotFound or _file(info, scheme) != file:
+        raise DataError(f"{file.path} has changed while it was in use; run the job again when it is at rest")
 
 
 def _plain(column: pa.Array) -> pa.Array:
-    """Dictionaries and wide or view strings as plain ones."""
+    """Dictionaries and wide or view strings as plain ones, checked."""
+    parquet.check(column)
     return column.cast(plain_type(column.type)) if column.type != plain_type(column.type) else column
 
 
@@ -311,51 +347,7 @@ def _records(file: SourceFile) -> Iterator[Any]:
         yield from docstrings.stdlib()
         return
     with _open(file) as stream:
-        if file.kind == "csv":
-            yield from _csv_records(stream)
-        elif file.kind == "txt":
-            for line in _text(stream):
-                yield {"text": line.rstrip("\r\n")}
-        else:
-            for line in _text(stream):
-                if line.strip():
-                    yield _json_record(line)
-
-
-def _text(stream: IO[bytes]) -> io.TextIOWrapper:
-    """UTF-8 text; bytes that are none become lone surrogates, which cleaning counts and replaces."""
-    return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
-
-
-def _json_record(line: str) -> dict[str, Any] | str:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return f"not JSON: {error}"
-    return row if isinstance(row, dict) else f"a JSON {type(row).__name__}, not an object"
-
-
-def _csv_rows(stream: IO[bytes]) -> Iterator[list[str]]:
-    csv.field_size_limit(sys.maxsize)
-    return csv.reader(io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=""), strict=True)
-
-
-def _csv_records(stream: IO[bytes]) -> Iterator[dict[str, str | None] | str]:
-    """Rows by the header's names; an empty field is null."""
-    rows = _csv_rows(stream)
-    header = next(rows, [])
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield f"not CSV: {error}"
-            continue
-        if len(row) == len(header):
-            yield {name: value or None for name, value in zip(header, row, strict=True)}
-        elif row:  # csv gives [] for an empty line, which is no row
-            yield f"{len(row)} fields where the header has {len(header)}"
+        yield from lines.records(stream, file.kind)
 
 
 @dataclass(frozen=True)

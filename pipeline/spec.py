@@ -3,7 +3,9 @@
 A field's default stands here and nowhere else. `schemas/job.schema.json` is generated from these models.
 """
 
+import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -12,11 +14,18 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import SpecError
+from pipeline.limits import MAX_DEPTH
 from pipeline.sentences import explain, nearest
 from pipeline.vectors import Precision, bytes_per_row
 
 Auto = Literal["auto"]
 IndexKind = Literal["auto", "none", "ivf_flat", "ivf_sq", "ivf_rq", "hnsw_sq"]
+MAX_SPEC_BYTES = 2**20
+"""Bytes of a spec."""
+MAX_NODES = 10_000
+"""Values in a spec, keys and lists counted too."""
+MAX_DIGITS = 100
+"""Characters of a number."""
 RESERVED_COLUMNS = ("row", "id", "text", "text_digest", "vector", "score", "rank", "query")
 
 
@@ -259,10 +268,14 @@ class JobSpec(Section):
         """
         path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8")
+            with path.open("rb") as file:
+                data = file.read(MAX_SPEC_BYTES + 1)
+            text = data.decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not UTF-8 text"
             raise SpecError(f"cannot read the job spec {path}: {reason}") from None
+        if len(data) > MAX_SPEC_BYTES:
+            raise SpecError(f"cannot read the job spec {path}: it is larger than {MAX_SPEC_BYTES:,} bytes")
         values = _parse(text, str(path))
         if not isinstance(values, dict):
             raise SpecError(f"{path}: a job spec is a mapping that begins with `name:`, not {type(values).__name__}")
@@ -294,22 +307,59 @@ def check_cascade(levels: Sequence[tuple[str, int]], tables: Sequence[str]) -> N
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a repeated key is an error, not a silent choice."""
+    """Safe YAML without aliases; what is too deep, too much, repeated or no finite number is an error."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = self._nodes = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+        if self.check_event(yaml.AliasEvent):
+            raise _problem("an alias (*name) is not allowed; write the value out", mark)
+        self._depth, self._nodes = self._depth + 1, self._nodes + 1
+        if self._depth > MAX_DEPTH:
+            raise _problem(f"nested deeper than {MAX_DEPTH} levels", mark)
+        if self._nodes > MAX_NODES:
+            raise _problem(f"more than {MAX_NODES:,} values", mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
-                problem = f"the key {key.value!r} stands twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                raise _problem(f"the key {key.value!r} stands twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        """A number of a sensible length, since YAML's 1:1:1:… grows without bound."""
+        is_whole = node.tag.endswith(":int")
+        if len(node.value) > MAX_DIGITS:
+            raise _problem(f"a number of {len(node.value):,} characters", node.start_mark)
+        try:
+            number = self.construct_yaml_int(node) if is_whole else self.construct_yaml_float(node)
+        except ValueError:
+            raise _problem(f"{node.value!r} is no number", node.start_mark) from None
+        if not math.isfinite(number):
+            raise _problem(f"{node.value} is not a finite number", node.start_mark)
+        return number
+
+
+for _tag in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_number)
+
+
+def _problem(what: str, mark: yaml.Mark) -> yaml.MarkedYAMLError:
+    return yaml.constructor.ConstructorError(None, None, what, mark)
 
 
 def _parse(text: str, origin: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
@@ -319,24 +369,30 @@ def _parse(text: str, origin: str) -> Any:
 def _override(values: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
-    if not equals or not all(keys):
-        raise SpecError(f"--set {override!r}: write path.to.field=value, for example --set workers.count=2")
+    shown = f"--set {override[:200]!r}"
+    if not equals or not all(keys) or len(keys) > MAX_DEPTH:
+        raise SpecError(f"{shown}: write path.to.field=value, for example --set workers.count=2")
     target: Any = values
     for key in keys[:-1]:
-        if isinstance(target, list) and key.isdigit() and int(key) < len(target):
-            target = target[int(key)]
+        if isinstance(target, list) and _place(key) < len(target):
+            target = target[_place(key)]
         elif isinstance(target, dict):
             target = target.setdefault(key, {})
             if target is None:
-                raise SpecError(f"--set {override!r}: {key} is null in the spec")
+                raise SpecError(f"{shown}: {key} is null in the spec")
         else:
-            raise SpecError(f"--set {override!r}: there is nothing below {key!r}")
-    value = _parse(text, f"--set {override!r}")
-    if isinstance(target, list) and keys[-1].isdigit() and int(keys[-1]) < len(target):
-        target[int(keys[-1])] = value
+            raise SpecError(f"{shown}: there is nothing below {key!r}")
+    value = _parse(text, shown)
+    if isinstance(target, list) and _place(keys[-1]) < len(target):
+        target[_place(keys[-1])] = value
     elif isinstance(target, list) and keys[-1] == str(len(target)):
         target.append(value)
     elif isinstance(target, dict):
         target[keys[-1]] = value
     else:
-        raise SpecError(f"--set {override!r}: there is no field {keys[-1]!r} in {'.'.join(keys[:-1])}")
+        raise SpecError(f"{shown}: there is no field {keys[-1]!r} in {'.'.join(keys[:-1])}")
+
+
+def _place(key: str) -> int:
+    """A key as a place in a list; beyond every list where it is none."""
+    return int(key) if re.fullmatch("[0-9]{1,9}", key) else sys.maxsize

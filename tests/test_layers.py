@@ -7,8 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "pipeline"
 LEVELS = [
-    {"errors", "vectors", "metrics", "template", "sentences", "stopping"},
-    {"rotation", "filters", "plots", "storage"},
+    {"errors", "vectors", "metrics", "template", "sentences", "stopping", "limits"},
+    {"rotation", "filters", "plots", "storage", "parquet", "lines", "verify"},
     {"transform", "html"},
     {"probe", "adaptor"},
     {"spec", "store", "docstrings", "tables", "ids", "lock", "ledger"},

@@ -5,7 +5,6 @@ import hashlib
 import importlib.util
 import json
 import re
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,14 @@ MEANINGFUL = {".json", ".txt", ".safetensors", ".model", ".vocab", ".jinja"}
 """Suffixes of files that decide what a model computes; the digest covers them."""
 EXECUTABLE = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
 """Weights that can run code when they are loaded."""
+VOCABULARIES = {"tokenizer.json", "vocab.txt", "vocab.json"}
+"""Files that hold a tokenizer, as do those that end in .model or .vocab."""
+OF_BYTES = {"ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer"}
+"""Tokenizers that need no vocabulary."""
+MAX_HEADER_BYTES = 100_000_000
+"""Bytes of a safetensors header (the format's own limit)."""
+MAX_CONFIG_BYTES = 2**24
+"""Bytes of a configuration file."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -61,6 +68,8 @@ def resolve(name: str, revision: str | None = None) -> ModelFolder:
             f"model.name: unknown model {name!r}{hint}; give a folder that exists, a hub id (organisation/model) "
             f"with model.revision, or {', '.join(PACKAGED)}"
         )
+    if name not in PACKAGED:  # an installer may link its files, and the weights are known
+        _check_inside(name, path)
     _check_loadable(name, path)
     configs = {file: _json(path / file) for file in ("config.json", "config_sentence_transformers.json")}
     return ModelFolder(
@@ -69,8 +78,8 @@ def resolve(name: str, revision: str | None = None) -> ModelFolder:
         str(path),
         folder_digest(path),
         _dimension(path),
-        configs["config.json"].get("max_position_embeddings"),
-        _declared_dims(configs.values()),
+        _whole(configs["config.json"].get("max_position_embeddings")),
+        _declared_dims(name, configs.values()),
     )
 
 
@@ -118,6 +127,17 @@ def _downloaded(name: str, revision: str | None) -> Path:
         ) from None
 
 
+def _check_inside(name: str, path: Path) -> None:
+    """No link and no module leads out of the folder, but for links from a snapshot to the blobs of its hub cache."""
+    home = path.resolve()
+    allowed = home.parent.parent if home.parent.name == "snapshots" else home
+    outside = [file for file in path.rglob("*") if file.is_symlink() and not file.resolve().is_relative_to(allowed)]
+    places = [str(module.get("path") or "") for module in _modules(path)]
+    outside += [path / place for place in places if not (home / place).resolve().is_relative_to(home)]
+    if outside:
+        raise SpecError(f"model.name: {name} leads out of its folder at {outside[0]}; copy what it needs into it")
+
+
 def _check_loadable(name: str, path: Path) -> None:
     """Safetensors and library code only."""
     modules = _modules(path)
@@ -141,6 +161,14 @@ def _check_loadable(name: str, path: Path) -> None:
             raise SpecError(
                 f"model.name: {name} keeps weights in {file.name}, which can run code; convert them to safetensors"
             )
+    for weights in (file for file in sorted(_files(path)) if file.suffix == ".safetensors"):
+        _header_bytes(weights)
+    kinds = {str(module.get("type")).rpartition(".")[2] for module in modules} or {"Transformer"}
+    own = {str(_json(file).get("tokenizer_class")) for file in path.rglob("tokenizer_config.json")}
+    vocabularies = (file for file in _files(path) if file.name in VOCABULARIES or file.suffix in (".model", ".vocab"))
+    if kinds & {"Transformer", "StaticEmbedding"} and not own & OF_BYTES and not any(vocabularies):
+        # transformers loads such a folder with a tokenizer that knows no word.
+        raise SpecError(f"model.name: {name} has no tokenizer (such as tokenizer.json); fetch all of its files")
 
 
 def _modules(path: Path) -> list[dict[str, Any]]:
@@ -154,9 +182,11 @@ def _json(path: Path, kind: type = dict) -> Any:
     """A JSON file's value, which must be of this kind; an empty one where there is no file."""
     if not path.is_file():
         return kind()
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise SpecError(f"model.name: {path} is larger than {MAX_CONFIG_BYTES:,} bytes; that is no configuration")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise SpecError(f"model.name: {path} is not readable JSON") from None
     if not isinstance(value, kind):
         raise SpecError(f"model.name: {path} holds a {type(value).__name__}, not a {kind.__name__}")
@@ -185,23 +215,37 @@ def _whole(value: Any) -> int | None:
     return value if isinstance(value, int) else None
 
 
+def _header_bytes(weights: Path) -> int:
+    """Length of a safetensors file's header; DataError where the file or the format cannot hold it."""
+    with weights.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    most = min(weights.stat().st_size - 8, MAX_HEADER_BYTES)
+    if not 0 < length <= most:
+        raise DataError(
+            f"model.name: cannot read {weights}: its header claims {length:,} bytes of {most:,}; fetch it again"
+        )
+    return length
+
+
 def _second_axis(weights: Path) -> int | None:
     """Columns of the first matrix in a safetensors file, from its header alone."""
     if not weights.is_file():
         return None
-    with weights.open("rb") as file:
-        try:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(length, 1 << 20)))
-        except (struct.error, ValueError):
-            raise DataError(f"model.name: cannot read {weights}: no safetensors header; fetch it again") from None
-    shapes = [entry["shape"] for key, entry in header.items() if key != "__metadata__"]
-    return next((int(shape[1]) for shape in shapes if len(shape) == 2), None)
+    length = _header_bytes(weights)
+    try:
+        with weights.open("rb") as file:
+            header = json.loads(file.read(8 + length)[8:])
+        shapes = [entry["shape"] for key, entry in header.items() if key != "__metadata__"]
+        return next((int(shape[1]) for shape in shapes if len(shape) == 2), None)
+    except (ValueError, RecursionError, AttributeError, KeyError, TypeError):
+        raise DataError(f"model.name: cannot read {weights}: no safetensors header; fetch it again") from None
 
 
-def _declared_dims(configs: Any) -> tuple[int, ...] | None:
+def _declared_dims(name: str, configs: Any) -> tuple[int, ...] | None:
     for config in configs:
         for key in ("matryoshka_dims", "matryoshka_dimensions"):
             if isinstance(config.get(key), list) and config[key]:
-                return tuple(int(dim) for dim in config[key])
+                if not all(isinstance(dim, int) and dim > 0 for dim in config[key]):
+                    raise SpecError(f"model.name: {key} in the configuration of {name} are no dimensions")
+                return tuple(config[key])
     return None

@@ -11,10 +11,9 @@ one undisturbed run finishes; a checker that shares no code with the project loo
 import argparse
 import hashlib
 import json
-import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,15 +23,15 @@ from unittest import mock
 import pyarrow as pa
 
 from pipeline import embed, ledger, lock, storage, store
-from pipeline.embedder import COUNTERS, Embedder, Facts, Resolve, Trial, Work, parquet_bytes
+from pipeline.embedder import COUNTERS, Embedder, Facts, Trial, Work, parquet_bytes
 from pipeline.encoders.models import ModelFolder
-from pipeline.errors import LockedError, PipelineError
+from pipeline.errors import PipelineError
 from pipeline.ledger import Ledger
 from pipeline.sources import Shard
 from pipeline.spec import JobSpec
 from pipeline.storage import Root
 from pipeline.workers import MAX_TRIES, Died, Team
-from tests.faults.simulated import Killed, Odds, SimDisk, World
+from tests.faults.simulated import Odds, SimDisk, World
 
 SHARDS, SHARD_ROWS = 3, 2
 QUARANTINED = {3}
@@ -281,6 +280,7 @@ def simulate(seed: int, odds: Odds | None = None) -> World:
         for process, _ in [*started, (reader, 0)]:
             _expected_end(process)
         world.takeovers = _takeovers(disk)
+        before = None
         for again in range(2):  # the second run has nothing to do
             world.odds = Odds(0, 0, 0, 0)
             last = world.start("host9", lambda: job(root, world, changes[-1]))
