@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import SpecError
-from pipeline.sentences import explain, nearest
+from pipeline.sentences import explain, masked, nearest, secret
 from pipeline.vectors import Precision, bytes_per_row
 
 Auto = Literal["auto"]
@@ -48,14 +48,6 @@ class Corpus(Section):
     keep_text: bool = Field(True, description="false: `documents` has no text column")
     shard_rows: Auto | Annotated[int, Field(ge=1)] = Field("auto", description="rows per unit of work")
     max_quarantined: float = Field(0.01, ge=0, le=1, description="share of rows; 10 rows are always allowed")
-
-    @model_validator(mode="after")
-    def _source_has_no_secret(self) -> Self:
-        for entry in self.source:
-            if re.search(r"://[^/]*@", entry):
-                shown = re.sub(r"://[^/]*@", "://…@", entry)
-                raise ValueError(f"source {shown}: keep credentials out of the spec; set them in the environment")
-        return self
 
     @model_validator(mode="after")
     def _columns_are_distinct(self) -> Self:
@@ -273,6 +265,8 @@ class JobSpec(Section):
     @classmethod
     def of(cls, values: Mapping[str, Any], origin: str = "spec") -> Self:
         """Check plain values; SpecError begins with `origin`."""
+        if (url := secret(values)) is not None:
+            raise SpecError(f"{origin}: {url}: keep credentials out of the spec; set them in the environment")
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -318,9 +312,10 @@ def _parse(text: str, origin: str) -> Any:
 
 def _override(values: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
+    shown = f"--set {masked(override)!r}"
     keys = path.strip().split(".")
     if not equals or not all(keys):
-        raise SpecError(f"--set {override!r}: write path.to.field=value, for example --set workers.count=2")
+        raise SpecError(f"{shown}: write path.to.field=value, for example --set workers.count=2")
     target: Any = values
     for key in keys[:-1]:
         if isinstance(target, list) and key.isdigit() and int(key) < len(target):
@@ -328,10 +323,10 @@ def _override(values: dict[str, Any], override: str) -> None:
         elif isinstance(target, dict):
             target = target.setdefault(key, {})
             if target is None:
-                raise SpecError(f"--set {override!r}: {key} is null in the spec")
+                raise SpecError(f"{shown}: {key} is null in the spec")
         else:
-            raise SpecError(f"--set {override!r}: there is nothing below {key!r}")
-    value = _parse(text, f"--set {override!r}")
+            raise SpecError(f"{shown}: there is nothing below {key!r}")
+    value = _parse(text, shown)
     if isinstance(target, list) and keys[-1].isdigit() and int(keys[-1]) < len(target):
         target[int(keys[-1])] = value
     elif isinstance(target, list) and keys[-1] == str(len(target)):
@@ -339,4 +334,4 @@ def _override(values: dict[str, Any], override: str) -> None:
     elif isinstance(target, dict):
         target[keys[-1]] = value
     else:
-        raise SpecError(f"--set {override!r}: there is no field {keys[-1]!r} in {'.'.join(keys[:-1])}")
+        raise SpecError(f"{shown}: there is no field {keys[-1]!r} in {'.'.join(keys[:-1])}")

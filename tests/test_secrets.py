@@ -14,9 +14,19 @@ from rich.console import Console
 from rich.text import Text
 
 from pipeline import cli
+from pipeline.sentences import secret
 from pipeline.terminal import configure_logging, json_text, plain, print_hits, shown
 
 CANARY = "c4n4ry7f3e9b21d0"
+URLS = [
+    f"https://user:{CANARY}@host/x.parquet",
+    f"https://{CANARY}@host/x.parquet",
+    f"s3://KEY:{CANARY}@bucket/x.parquet",
+    f"s3://KEY:{CANARY[:8]}/{CANARY}@bucket/x.parquet",
+    f"https://host/x.parquet?sig={CANARY}",
+    f"https://host/x.parquet?X-Amz-Date=1&X-Amz-Signature={CANARY}",
+    f"s3://bucket/x.parquet?region=eu&secret_key={CANARY}",
+]
 CONTROLS = "\x00\x07\x1b[31m\x9b31m\x85\r\n\t\u202e\u2066\u200f\u2028\ud800"
 
 
@@ -64,6 +74,60 @@ def test_secrets_of_the_environment_stay_there(matryoshka, job_file, tmp_path, m
     assert CANARY not in "".join(outputs)
     assert holders(tmp_path, CANARY) == []
     assert holders(root, "doc-17")  # it would be found
+
+
+@pytest.mark.parametrize("url", URLS)
+@pytest.mark.parametrize(
+    "field",
+    [
+        "corpus.source", "corpus.source.0", "root", "model.name", "workers.address", "evaluate.queries",
+        "evaluate.qrels", "prefixes", "nope", "corpus.nope",
+    ],
+)  # fmt: skip
+def test_a_url_with_a_secret_is_refused_and_not_shown(matryoshka, job_file, tmp_path, field, url):
+    job = job_file()
+    spec = json.loads(job.read_text())
+    spec["corpus"]["source"] = [spec["corpus"]["source"]]
+    job.write_text(json.dumps(spec))
+    for command in (["validate", job], ["run", job], ["plan", job], ["status", job], ["search", job, "w001"]):
+        code, output = matryoshka(*command, "--set", f"{field}={url}")
+        assert code == 2
+        assert CANARY not in output
+        assert "Traceback" not in output
+    target = spec
+    *parents, last = [int(name) if name.isdigit() else name for name in field.split(".")]
+    for name in parents:
+        target = target[name]
+    target[last] = url
+    job.write_text(json.dumps(spec))
+    code, output = matryoshka("validate", job)
+    assert (code, CANARY in output) == (2, False)
+    assert "keep credentials out of the spec" in output
+    job.unlink()
+    assert holders(tmp_path, CANARY) == []
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_a_url_with_a_secret_as_an_argument_is_not_shown(matryoshka, job_file, url):
+    job = job_file()
+    calls = [
+        [url], ["run", url], ["validate", url], ["plan", url], ["status", url], ["search", url, "w001"],
+        ["report", url], ["evaluate", job, "--queries", url], ["run", job, url],
+        ["run", job, "--from", url], ["run", job, f"-k{url}"],
+        *(["run", job, "--set", override] for override in (url, f"root.x={url}", f"corpus.source=[{url}")),
+    ]  # fmt: skip
+    for call in calls:
+        code, output = matryoshka(*call)
+        assert code in (2, 4)
+        assert CANARY not in output
+        assert "Traceback" not in output
+
+
+def test_urls_without_a_secret_and_values_that_hold_themselves_pass():
+    values = {"a": ["s3://bucket/x?region=eu-1", "s3://b/part-?.parquet", "what is https://a.b/?q=1 about", "a@b.c"]}
+    values["itself"] = values
+    assert secret(values) is None
+    assert secret(values | {"b": {"https://u:p@h": 1}}) == "https://…@h"
 
 
 @given(st.text(st.sampled_from("\\\\[[]]/b:a1#@ \x1b\u202e\n"), max_size=12))
