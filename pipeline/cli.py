@@ -15,17 +15,18 @@ from pipeline import corpus, ledger, lock, plan, querylog, report, stopping
 from pipeline.errors import PipelineError, SpecError, StaleError
 from pipeline.run import Stage, check, run as run_job
 from pipeline.search import Index, Level, open_index
+from pipeline.sentences import masked
 from pipeline.spec import JobSpec
 from pipeline.storage import STATE, Root
 from pipeline.terminal import (
     configure_logging,
     err,
-    json_value,
     me,
     out,
     plain,
     print_evaluation,
     print_hits,
+    print_json,
     print_log,
     print_plan,
     print_steps,
@@ -75,7 +76,7 @@ def _last_words(number: int) -> None:
 
 
 def _fail(sentence: str, code: int) -> int:
-    err.print(f"[bold red]error:[/] {plain(sentence)}", soft_wrap=True)
+    err.print(f"[bold red]error:[/] {plain(masked(sentence))}", soft_wrap=True)
     return code
 
 
@@ -93,13 +94,13 @@ def run_command(
     with watched() as bars:
         generation = run_job(spec, first, last, bars)
     if as_json:
-        out.print_json(data=generation)
+        print_json(generation)
     elif not generation:
-        out.print(f"Stopped after {last}, as asked. To go on: {me()} run {job}")
+        out.print(f"Stopped after {last}, as asked. To go on: {plain(me())} run {plain(job)}")
     else:
         is_new = before is None or before["generation"] != generation["generation"]
         if not is_new:
-            out.print(f"Nothing left to do: generation {generation['generation']} of {spec.root} is up to date.")
+            out.print(f"Nothing left to do: generation {generation['generation']} of {plain(spec.root)} is up to date.")
         _summary(spec, generation)
         if is_new:
             _examples(spec, generation)
@@ -115,7 +116,7 @@ def validate(job: Job, sets: Sets = None, as_json: AsJson = False) -> None:
     files = corpus.check(spec.corpus)
     rows = corpus.known_rows(files)
     if as_json:
-        out.print_json(data={"valid": True, "files": len(files), "rows": rows, "model": folder.name})
+        print_json({"valid": True, "files": len(files), "rows": rows, "model": folder.name})
     else:
         size = "rows not known yet" if rows is None else f"{rows:,} rows"
         out.print(f"{plain(job)} is valid: {len(files)} corpus file(s), {size}, model {plain(folder.name)}")
@@ -144,7 +145,7 @@ def plan_command(
     configure_logging(None)
     made = plan.run(JobSpec.load(job, sets or ()), price)
     if as_json:
-        out.print_json(data=made.to_json())
+        print_json(made.to_json())
     else:
         print_plan(made)
 
@@ -155,7 +156,7 @@ def status(job: JobOrRoot, sets: Sets = None, as_json: AsJson = False) -> None:
     root, _ = _root_and_spec(job, sets)
     facts = _status(root)
     if as_json:
-        out.print_json(data=facts)
+        print_json(facts)
         return
     for name, value in facts.items():
         out.print(f"{name:12} {plain(str(value))}")
@@ -209,7 +210,7 @@ def search(
     hits = index.search(text, k, where, cascade)
     if as_json:
         for hit in hits.iter_rows(named=True):
-            sys.stdout.write(json.dumps(hit, ensure_ascii=False, default=json_value) + "\n")
+            print_json(hit, None)
         return
     if not len(hits):
         out.print("no hit")
@@ -234,7 +235,7 @@ def _cascade(spec: JobSpec | None, index: Index, k: int) -> list[Level] | None:
 def _explain(steps: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         for step in steps:
-            sys.stdout.write(json.dumps(step) + "\n")
+            print_json(step, None)
         return
     print_steps(steps)
 
@@ -269,7 +270,7 @@ def _log_queries(spec: JobSpec, path: str, as_json: bool) -> None:
     with lock.lock(root) as held:
         measured = querylog.run(path, index, spec.evaluate.k, spec.seed, held)
     if as_json:
-        sys.stdout.write(measured[-1:].write_ndjson())
+        print_json(json.loads(measured[-1:].write_ndjson()), None)
         return
     print_log(measured)
 
@@ -281,7 +282,7 @@ def report_command(job: JobOrRoot, sets: Sets = None, as_json: AsJson = False) -
     root, _ = _root_and_spec(job, sets)
     path = report.run(root)
     if as_json:
-        out.print_json(data={"report": str(path)})
+        print_json({"report": str(path)})
     else:
         out.print(f"{plain(str(path))}: {path.stat().st_size / 1e6:.1f} MB, opens in any browser without a network")
 
@@ -338,7 +339,7 @@ def _examples(spec: JobSpec, generation: dict[str, Any]) -> None:
     if spec.search.examples:
         index = Index(Root(Path(spec.root)), generation)
         for text in spec.search.examples:
-            out.print(f"\n[bold]{plain(text)}[/]")
+            out.print(f"\n{plain(text)}", style="bold")
             print_hits(index.search(text, k=3))
 
 
@@ -346,6 +347,6 @@ def _next(spec: JobSpec, job: str) -> None:
     text = spec.search.examples[0] if spec.search.examples else "your question"
     page = Path(spec.root) / report.FILE
     out.print(f"\nThe page of this run: {plain(str(page))}\nNext:" if page.is_file() else "\nNext:")
-    out.print(f'  {me()} search {job} "{plain(text)}" -k 5 --explain')
-    out.print(f"  {me()} status {job}")
-    out.print(f"  {me()} evaluate {job}")
+    out.print(f'  {plain(me())} search {plain(job)} "{plain(text)}" -k 5 --explain')
+    out.print(f"  {plain(me())} status {plain(job)}")
+    out.print(f"  {plain(me())} evaluate {plain(job)}")

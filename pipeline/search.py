@@ -257,4 +257,6 @@ def _filter_column(kind: pa.DataType) -> filters.Column:
         signed = pa.types.is_signed_integer(kind)
         low = -(2 ** (kind.bit_width - 1)) if signed else 0
         return filters.Column("integer", low, 2 ** (kind.bit_width - signed) - 1)
-    return filters.Column("string" if pa.types.is_string(kind) else "boolean" if pa.types.is_boolean(kind) else "float")
+    if pa.types.is_floating(kind):
+        return filters.Column("float", bits=kind.bit_width)
+    return filters.Column("boolean" if pa.types.is_boolean(kind) else "string")

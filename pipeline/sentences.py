@@ -2,11 +2,36 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
+
+URL = re.compile(r"\s*[\w+.-]+://\S+\s*$")
+IDENTITY = re.compile(r"(:/{1,2})(?:[^/\s]*|\S*:\S*)@")
+"""User info of a URL; a secret key may hold slashes."""
+QUERY = re.compile(r"([?&;](?!(?:region|scheme|endpoint_override)=)[\w.%-]+=)[^\s&;]+")
+"""A value in the query of a URL: a signature or a key, except for those that pyarrow takes for S3."""
+
+
+def masked(text: str) -> str:
+    """A sentence without the secrets that a URL in it may carry."""
+    return QUERY.sub(r"\1…", IDENTITY.sub(r"\1…@", text))
+
+
+def secret(values: Any) -> str | None:
+    """A URL somewhere in plain values that carries a secret, masked; None where there is none."""
+    seen: set[int] = set()  # YAML values may hold themselves
+    waiting = [values]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, Mapping | list | tuple) and id(one) not in seen:
+            seen.add(id(one))
+            waiting += [*one, *(one.values() if isinstance(one, Mapping) else ())]
+        elif isinstance(one, str) and URL.match(one) and masked(one) != one:
+            return masked(one)
+    return None
 
 
 def explain(model: type[BaseModel], error: ValidationError) -> str:

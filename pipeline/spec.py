@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from pipeline.errors import SpecError
 from pipeline.limits import MAX_DEPTH
-from pipeline.sentences import explain, nearest
+from pipeline.sentences import explain, masked, nearest, secret
 from pipeline.vectors import Precision, bytes_per_row
 
 Auto = Literal["auto"]
@@ -57,14 +57,6 @@ class Corpus(Section):
     keep_text: bool = Field(True, description="false: `documents` has no text column")
     shard_rows: Auto | Annotated[int, Field(ge=1)] = Field("auto", description="rows per unit of work")
     max_quarantined: float = Field(0.01, ge=0, le=1, description="share of rows; 10 rows are always allowed")
-
-    @model_validator(mode="after")
-    def _source_has_no_secret(self) -> Self:
-        for entry in self.source:
-            if re.search(r"://[^/]*@", entry):
-                shown = re.sub(r"://[^/]*@", "://…@", entry)
-                raise ValueError(f"source {shown}: keep credentials out of the spec; set them in the environment")
-        return self
 
     @model_validator(mode="after")
     def _columns_are_distinct(self) -> Self:
@@ -286,6 +278,8 @@ class JobSpec(Section):
     @classmethod
     def of(cls, values: Mapping[str, Any], origin: str = "spec") -> Self:
         """Check plain values; SpecError begins with `origin`."""
+        if (url := secret(values)) is not None:
+            raise SpecError(f"{origin}: {url}: keep credentials out of the spec; set them in the environment")
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -368,8 +362,8 @@ def _parse(text: str, origin: str) -> Any:
 
 def _override(values: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
+    shown = f"--set {masked(override)[:200]!r}"
     keys = path.strip().split(".")
-    shown = f"--set {override[:200]!r}"
     if not equals or not all(keys) or len(keys) > MAX_DEPTH:
         raise SpecError(f"{shown}: write path.to.field=value, for example --set workers.count=2")
     target: Any = values

@@ -1,8 +1,10 @@
 """What the command line shows: results as tables on stdout, progress and logs on stderr."""
 
 import base64
+import json
 import logging
 import os
+import re
 import shutil
 import sys
 import time
@@ -21,16 +23,28 @@ from pipeline.figures import Plan
 from pipeline.workers import Progress
 
 log = logging.getLogger(__name__)
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
-err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, emoji=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+err = Console(stderr=True, highlight=False, emoji=False)
+TAG = re.compile(r"(\\*)\[(?=([a-z#/@][^\[]*?\])?)")
+"""A bracket, the backslashes before it, and what follows where rich would take that for a tag."""
 PLAIN_SECONDS = 10.0
 """Between two progress lines where stderr is no terminal."""
 
 
+def shown(text: str) -> str:
+    """Text from outside as one line: what cannot be printed (controls, bidi marks, lone surrogates) is spelt out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def plain(text: str) -> str:
-    """Text from outside as one line: control characters shown, markup off."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return shown.replace("[", r"\[")
+    """The same as markup without any tag; put no tag right behind it, a last backslash would undo that."""
+    return TAG.sub(lambda found: found[1] * (2 if found[2] else 1) + r"\[", shown(text))
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON that reads like the text it holds; only what cannot be printed is escaped."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent, default=json_value)
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
 def me() -> str:
@@ -46,11 +60,16 @@ def json_value(value: Any) -> str:
     return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
 
 
+def print_json(value: Any, indent: int | None = 2) -> None:
+    """A result for programs."""
+    sys.stdout.write(json_text(value, indent) + "\n")
+
+
 def print_hits(hits: pl.DataFrame) -> None:
     """Hits as lines: rank, score, id, the beginning of the text."""
     for hit in hits.iter_rows(named=True):
         text = " ".join((hit.get("text") or "").split())
-        out.print(f"  {hit['rank']:2}  {hit['score']:.4f}  [cyan]{plain(hit['id'])}[/]  {plain(text[:100])}")
+        out.print(f"  {hit['rank']:2}  {hit['score']:.4f}  [cyan]{plain(hit['id'])} [/] {plain(text[:100])}")
 
 
 def print_steps(steps: Sequence[Mapping[str, Any]]) -> None:
@@ -65,7 +84,7 @@ def print_steps(steps: Sequence[Mapping[str, Any]]) -> None:
             f"{step['bytes']:,}",
             str(step["shortlist"]),
         ]
-        table.add_row(*cells, f"{step['milliseconds']:.2f}", step["note"])
+        table.add_row(*map(plain, cells), f"{step['milliseconds']:.2f}", plain(step["note"]))
     out.print(table)
 
 
@@ -164,8 +183,16 @@ def configure_logging(console: Console | None) -> None:
     if console is not None:
         handler = RichHandler(console=console, show_path=False, show_level=False, markup=False)
     form = "%(message)s" if console else "%(asctime)s %(levelname)s %(message)s"
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], format=form, force=True)
+    handler.setFormatter(_OneLine(form))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("pipeline").setLevel(logging.INFO)
+
+
+class _OneLine(logging.Formatter):
+    """Keeps an event on its line, whatever names it tells of; a traceback keeps its own lines."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return shown(super().formatMessage(record))
 
 
 class Watch:

@@ -28,7 +28,7 @@ import polars as pl
 import sentence_transformers
 import torch
 
-from pipeline import JobSpec, embed, index, run, store, verify
+from pipeline import JobSpec, index, run, store, verify
 from pipeline.storage import Disk
 from tests.conftest import corpus_frame, save_model
 
