@@ -14,9 +14,11 @@ import logging
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -32,8 +34,11 @@ from pipeline import JobSpec, index, run, store, verify
 from pipeline.storage import Disk
 from tests.conftest import corpus_frame, save_model
 
-assert (lancedb, pl, sentence_transformers)
+CHECKOUT = Path(__file__).parents[2]
+IMPORTED = (lancedb, pl, sentence_transformers)
 ROWS, SHARD_ROWS = 24, 4
+SECONDS = 60
+"""A run that takes longer is ended, and counts as failed."""
 
 
 STEPS = ("put", "sync", "replace", "link", "sync_folder", "delete", "remove_folder")
@@ -104,8 +109,11 @@ def prepared(folder: Path) -> None:
 def child(work: Callable[[], None]) -> int:
     """Run something in a fork; its exit status."""
     sys.stdout.flush()
-    process = os.fork()
+    with warnings.catch_warnings():  # nothing was started before the fork, only imported
+        warnings.simplefilter("ignore")
+        process = os.fork()
     if process == 0:
+        signal.alarm(SECONDS)
         code = 1
         try:
             work()
@@ -152,7 +160,7 @@ def tables(root: Path) -> dict[str, Any]:
         "told": told,
         "documents": read,
         "corpus": manifest["corpus"],
-        "parquet": sorted(os.listdir(root / "parquet/documents")),
+        "parquet": sorted(path.name for path in (root / "parquet/documents").iterdir()),
     }
 
 
@@ -171,7 +179,8 @@ def check(root: Path, golden: Path) -> None:
 def kill_points(folder: Path, count: int, seed: int) -> dict[str, Any]:
     """Figures of kills at `count` moments, spread evenly (all, where there are fewer)."""
     start = time.monotonic()
-    prepared(folder)
+    # In a process of its own: threads that exist before a fork are dead after it.
+    subprocess.run([sys.executable, "-m", "tests.faults.kills", "--prepare", str(folder)], check=True, cwd=CHECKOUT)
     golden = folder / "golden"
     assert child(lambda: go(job(folder, golden), steps=folder / "steps.json")) == 0
     moments = json.loads((folder / "steps.json").read_text())
@@ -213,7 +222,11 @@ def main() -> None:
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--count", type=int, default=500)
     options.add_argument("--out")
+    options.add_argument("--prepare")
     asked = options.parse_args()
+    if asked.prepare:
+        prepared(Path(asked.prepare))
+        return
     with tempfile.TemporaryDirectory() as folder:
         result = kill_points(Path(folder), asked.count, asked.seed)
     text = json.dumps(result)
