@@ -170,16 +170,35 @@ def observed_type(column: Column, name: str, file: str) -> pa.DataType:
     if isinstance(column, pa.Array):
         return column.type
     try:
-        return pa.array(column).type
+        return _array(column).type
     except OverflowError:
         raise DataError(f"{file}: column {name!r} holds a number beyond 64 bits; write it as a string") from None
     except (pa.ArrowInvalid, pa.ArrowTypeError):
         raise DataError(f"{file}: column {name!r} holds values of several types; make them one type") from None
 
 
+def _array(column: Sequence[Any], kind: pa.DataType | None = None) -> pa.Array:
+    """Values of a line format as Arrow."""
+    try:
+        return pa.array(column, kind)
+    except UnicodeEncodeError:
+        return pa.array([_repaired(value) for value in column], kind)
+
+
+def _repaired(value: Any) -> Any:
+    """A JSON value in which lone surrogates became U+FFFD."""
+    if isinstance(value, str):
+        return SURROGATE.sub("\ufffd", value)
+    if isinstance(value, list):
+        return [_repaired(one) for one in value]
+    if isinstance(value, dict):
+        return {_repaired(name): _repaired(one) for name, one in value.items()}
+    return value
+
+
 def csv_type(column: Sequence[str | None]) -> pa.DataType:
     """The narrowest of int64, float64, bool, string that reads every value; empty fields are null."""
-    values = pa.array([value or None for value in column], pa.string())
+    values = _array([value or None for value in column], pa.string())
     if values.null_count == len(values):
         return pa.null()
     for kind in (pa.int64(), pa.float64(), pa.bool_()):
@@ -222,11 +241,11 @@ def typed(column: Column, kind: pa.DataType, name: str, file: str) -> pa.Array:
         if all(value is None for value in column):
             return pa.nulls(len(column), kind)
         if all(value is None or isinstance(value, str) for value in column):
-            repaired = [None if value is None else SURROGATE.sub("\ufffd", value) for value in column]
+            repaired = [_repaired(value) for value in column]
             if pa.types.is_string(kind):
                 return pa.array(repaired, kind)
             return pc.cast(pa.array([value or None for value in repaired], pa.string()), kind)
-        return pa.array(column, kind)
+        return _array(column, kind)
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
         raise DataError(f"{file}: column {name!r} does not fit {kind}: {str(error).splitlines()[0]}") from None
 
