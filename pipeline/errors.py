@@ -48,3 +48,7 @@ class DamageError(PipelineError):
     """What is on disk is not what was written."""
 
     exit_code = 7
+
+
+class DeviceLost(PipelineError):
+    """The device is in an error that outlives the call (CUDA): no row's fault, and only a new process mends it."""

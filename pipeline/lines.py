@@ -93,8 +93,9 @@ def csv_rows(stream: IO[bytes]) -> Iterator[list[str]]:
 def _csv_records(stream: IO[bytes]) -> Iterator[dict[str, str | None] | str]:
     """Rows by the header's names; an empty field is null."""
     rows = csv_rows(stream)
-    header = next(rows, [])
+    header, number = next(rows, []), 0
     while True:
+        number += 1
         try:
             row = next(rows)
         except StopIteration:
@@ -103,6 +104,8 @@ def _csv_records(stream: IO[bytes]) -> Iterator[dict[str, str | None] | str]:
             yield str(error)
             continue
         except csv.Error as error:
+            if "unexpected end of data" in str(error):  # a whole file behind one quote is no bad row
+                raise csv.Error(f"a quote is opened in row {number} or before and never closed") from None
             yield f"not CSV: {error}"
             continue
         if len(row) == len(header):

@@ -21,7 +21,7 @@ from types import ModuleType, TracebackType
 from typing import Any, Protocol
 
 from pipeline import stopping
-from pipeline.errors import PipelineError, SpecError, StaleError
+from pipeline.errors import DeviceLost, PipelineError, SpecError, StaleError
 from pipeline.spec import Workers
 
 log = logging.getLogger(__name__)
@@ -269,10 +269,12 @@ class RayTeam(Team):
                 actor, item, number = busy.pop(reference)
                 try:
                     result = self._ray.get(reference)
-                except self._ray.exceptions.RayTaskError as error:
-                    cause = error.cause
-                    raise cause if isinstance(cause, PipelineError) else error from None
-                except self._ray.exceptions.RayActorError as error:
+                except (self._ray.exceptions.RayTaskError, self._ray.exceptions.RayActorError) as error:
+                    cause = getattr(error, "cause", None)
+                    if isinstance(error, self._ray.exceptions.RayTaskError):
+                        if not isinstance(cause, DeviceLost):
+                            raise cause if isinstance(cause, PipelineError) else error from None
+                        self._ray.kill(actor)  # whose device answers nothing any more
                     log.warning("worker died try=%d item=%s", number, _called(item))
                     self._actors.remove(actor)
                     self._actors.append(self._remote.remote(self._setup, self._plan.threads))

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import PipelineError
+from pipeline.errors import DeviceLost
 from pipeline.vectors import MIN_NORM, Matrix, unit
 
 Role = Literal["document", "query"]
@@ -19,10 +19,6 @@ Failures = dict[int, tuple[str, str]]
 UNIT_TOLERANCE = 1e-3
 OUT_OF_MEMORY = ("out of memory", "alloc_failed")
 """How CUDA says it, and its libraries (CUBLAS_STATUS_ALLOC_FAILED)."""
-
-
-class DeviceLost(PipelineError):
-    """The device is in an error that outlives the call (CUDA): no row's fault, and only a new process mends it."""
 
 
 class Encoder(Protocol):

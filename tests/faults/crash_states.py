@@ -23,6 +23,7 @@ from pipeline.storage import Root, read_signed, signed, to_json
 from tests.faults.simulated import Folder, Inode, Odds, SimDisk, World
 
 ROOT = Path("/root")
+Act = Callable[[Root], Any]
 OLD, NEW = signed({"value": "old"}), signed({"value": "new"})
 
 
@@ -76,7 +77,9 @@ def states(disk: SimDisk) -> Iterator[dict[str, Folder]]:
             }
 
 
-def enumerate_states(before: Callable[[Root], None], act: Callable[[Root], None], see: Callable[[Root], Any]) -> dict[str, Any]:
+def enumerate_states(
+    before: Callable[[Root], None], act: Callable[[Root], None], see: Callable[[Root], Any]
+) -> dict[str, Any]:
     """Act once; how many states were looked at, and those in which a reader saw what it must not."""
     allowed: list[Any] = []
     count, wrong = 0, []
@@ -140,7 +143,7 @@ def published(value: str) -> Callable[[Root], None]:
     return act
 
 
-CASES: dict[str, tuple[Callable[[Root], Any], Callable[[Root], Any], Callable[[Root], Any]]] = {
+CASES: dict[str, tuple[Act, Act, Act]] = {
     "create": (lambda root: None, lambda root: root.create("a.json", to_json(NEW)), seen),
     "create, taken": (
         lambda root: root.create("a.json", to_json(OLD)),

@@ -106,6 +106,12 @@ def prepared(folder: Path) -> None:
     frame.with_columns(pl.Series("text", texts)).write_parquet(folder / "c.parquet")
 
 
+def prepare_elsewhere(folder: Path) -> None:
+    """In a process of its own: threads that exist before a fork are dead after it."""
+    command = [sys.executable, "-m", "tests.faults.kills", "--prepare", str(folder)]
+    subprocess.run(command, check=True, cwd=CHECKOUT)
+
+
 def child(work: Callable[[], None]) -> int:
     """Run something in a fork; its exit status."""
     sys.stdout.flush()
@@ -179,8 +185,7 @@ def check(root: Path, golden: Path) -> None:
 def kill_points(folder: Path, count: int, seed: int) -> dict[str, Any]:
     """Figures of kills at `count` moments, spread evenly (all, where there are fewer)."""
     start = time.monotonic()
-    # In a process of its own: threads that exist before a fork are dead after it.
-    subprocess.run([sys.executable, "-m", "tests.faults.kills", "--prepare", str(folder)], check=True, cwd=CHECKOUT)
+    prepare_elsewhere(folder)
     golden = folder / "golden"
     assert child(lambda: go(job(folder, golden), steps=folder / "steps.json")) == 0
     moments = json.loads((folder / "steps.json").read_text())
