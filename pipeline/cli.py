@@ -11,8 +11,8 @@ import polars as pl
 import typer
 from rich.table import Table
 
-from pipeline import corpus, ledger, lock, plan, querylog, report, stopping
-from pipeline.errors import PipelineError, SpecError, StaleError
+from pipeline import corpus, ledger, lock, plan, querylog, report, stopping, verify
+from pipeline.errors import DamageError, PipelineError, SpecError, StaleError
 from pipeline.run import Stage, check, run as run_job
 from pipeline.search import Index, Level, open_index
 from pipeline.sentences import masked
@@ -25,6 +25,7 @@ from pipeline.terminal import (
     out,
     plain,
     print_evaluation,
+    print_findings,
     print_hits,
     print_json,
     print_log,
@@ -186,6 +187,28 @@ def _status(root: Root) -> dict[str, Any]:
     if generation is not None:
         facts["tables"] = {name: entry["rows"] for name, entry in generation["tables"].items()}
     return facts
+
+
+@app.command("verify")
+def verify_command(job: JobOrRoot, sets: Sets = None, as_json: AsJson = False) -> None:
+    """Check everything written, from the files alone, by code that shares nothing with what writes."""
+    configure_logging(None)
+    root, _ = _root_and_spec(job, sets)
+    found = verify.run(root.path)
+    if as_json:
+        out.print_json(data={"whole": found.is_whole, **vars(found)})
+    else:
+        print_findings(str(root.path), found)
+    if found.damaged:
+        raise DamageError(
+            f"{root.path}: {len(found.damaged)} damaged file(s), the first is {found.damaged[0]}; "
+            "run the job again to mend what can be made again"
+        )
+    if not found.is_whole:
+        raise DamageError(
+            f"{root.path}: {len(found.problems)} problem(s), the first: {found.problems[0]}; every file is as it was "
+            "written, so run the job in another root"
+        )
 
 
 @app.command()

@@ -92,7 +92,7 @@ def run(
                 standing = standing or _begin(spec, team.call(Resolve(shards[0])), fixed, root)
                 _embed(todo, Facts(**standing["facts"]), team)
             slots = [book.slot(name) for name in names]
-        seal = book.slot(_seal([slot.name for slot in slots]))
+        seal = book.slot(_seal([slot.name for slot in slots]), is_whole)
         if seal.record is None:
             seal = Slot(seal.name, book.add(seal.name, _sealed(spec, shards, slots, root)))
     assert standing is not None

@@ -334,7 +334,7 @@ def read_signed(root: Root, name: str) -> dict[str, Any] | None:
         return None
     try:
         value = json.loads(data)
-        whole = value == signed(value)
+        whole = data == to_json(signed(value))  # the bytes too: 1E-05 reads like 1e-05
     except (ValueError, AttributeError, RecursionError):
         whole = False
     if not whole:

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress as Bars, TaskID, TextColumn, TimeR
 from rich.table import Table
 
 from pipeline.figures import Plan
+from pipeline.verify import Findings
 from pipeline.workers import Progress
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,8 @@ out = Console(highlight=False, emoji=False, soft_wrap=True, width=None if sys.st
 err = Console(stderr=True, highlight=False, emoji=False)
 TAG = re.compile(r"(\\*)\[(?=([a-z#/@][^\[]*?\])?)")
 """A bracket, the backslashes before it, and what follows where rich would take that for a tag."""
+MAX_UNKNOWN = 20
+"""Files listed by name that no record names."""
 PLAIN_SECONDS = 10.0
 """Between two progress lines where stderr is no terminal."""
 
@@ -106,6 +109,23 @@ def print_plan(made: Plan) -> None:
     out.print(f"\nPlain prefixes, on the sample: [bold]{made.verdict.says}[/]; {plain(made.verdict.because)}")
     for sentence in made.advice:
         out.print(f"[yellow]advice:[/] {plain(sentence)}")
+
+
+def print_findings(root: str, found: Findings) -> None:
+    """Every problem, the files that no record names, and how much was looked at."""
+    for sentence in found.problems:
+        out.print(f"[bold red]problem:[/] {plain(sentence)}")
+    for name in found.unknown[:MAX_UNKNOWN]:
+        out.print(f"[yellow]unknown:[/] no record names {plain(name)}")
+    if len(found.unknown) > MAX_UNKNOWN:
+        out.print(f"[yellow]unknown:[/] and {len(found.unknown) - MAX_UNKNOWN:,} more files")
+    counts = {name: found.checked.get(name, 0) for name in ("files", "bytes", "records", "tables", "rows", "codes")}
+    state = "is whole" if found.is_whole else f"has {len(found.problems):,} problem(s)"
+    out.print(
+        f"{plain(root)}: generation {found.generation} {state}; checked {counts['files']:,} files "
+        f"({counts['bytes'] / 1e6:,.1f} MB), {counts['records']:,} records, {counts['tables']:,} tables, "
+        f"{counts['rows']:,} rows, {counts['codes']:,} codes computed again"
+    )
 
 
 def print_evaluation(measured: pl.DataFrame, whole: bool = False) -> None:

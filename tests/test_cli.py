@@ -208,3 +208,28 @@ def test_plain_progress_lines_have_rate_and_time_left(monkeypatch, caplog):
     now[0] = 20.0
     watch("embed", 100, Progress(rows=40, tokens=800))
     assert caplog.messages == ["embed 40 of 100 rows  2 rows/s  40 tokens/s  30 s left"]
+
+
+def test_verify_says_what_was_checked_and_names_what_is_damaged(matryoshka, job_file, spec):
+    root = Path(run(spec())["spec"]["root"])
+    for target in (job_file(), root):
+        code, out, _ = matryoshka("verify", target)
+        assert code == 0
+        assert "generation 1 is whole" in out
+        assert "120 rows, 360 codes computed again" in out
+    (root / "note.txt").write_text("mine")
+    (root / "quarantine.parquet").write_bytes(b"PAR1")
+    code, out, err = matryoshka("verify", root)
+    assert code == 7
+    assert "problem: quarantine.parquet is not what was written: its sha256 differs" in out
+    assert "unknown: no record names note.txt" in out
+    assert "1 damaged file(s), the first is quarantine.parquet; run the job again" in err
+    code, out, _ = matryoshka("verify", root, "--json")
+    told = json.loads(out)
+    assert (code, told["whole"], told["damaged"], told["unknown"]) == (7, False, ["quarantine.parquet"], ["note.txt"])
+
+
+def test_verify_of_a_folder_without_a_generation_is_refused(matryoshka, tmp_path):
+    code, _, err = matryoshka("verify", tmp_path)
+    assert code == 4
+    assert "holds no finished generation" in err

@@ -40,7 +40,7 @@ def call(command, folder):
 
 
 def test_the_demo_and_the_commands_after_it(checkout):
-    assert len(DEMO) == 12
+    assert len(DEMO) == 13
     shown = {}
     for command in DEMO:
         done = call(f"{command} --json" if " plan " in command else command, checkout)

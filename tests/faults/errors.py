@@ -96,9 +96,7 @@ def strike(folder: Path, golden: Path, what: str, disturbed: Any) -> str | None:
 def errors(folder: Path, most: int) -> dict[str, Any]:
     """Figures over every site, at most so many strikes."""
     start = time.monotonic()
-    subprocess.run(
-        [sys.executable, "-m", "tests.faults.kills", "--prepare", str(folder)], check=True, cwd=kills.CHECKOUT
-    )
+    kills.prepare_elsewhere(folder)
     golden = folder / "golden"
     assert kills.child(lambda: kills.go(kills.job(folder, golden), steps=folder / "steps.json")) == 0
     places: dict[str, list[int]] = {}
