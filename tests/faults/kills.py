@@ -12,6 +12,7 @@ import argparse
 import json
 import logging
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -97,10 +98,10 @@ def job(folder: Path, root: Path) -> JobSpec:
     )
 
 
-def prepared(folder: Path) -> None:
+def prepared(folder: Path, rows: int = ROWS) -> None:
     """Corpus and model; a null text sits in a middle shard."""
     save_model(folder / "model")
-    frame = corpus_frame(ROWS)
+    frame = corpus_frame(rows)
     texts = frame["text"].to_list()
     texts[9] = None
     frame.with_columns(pl.Series("text", texts)).write_parquet(folder / "c.parquet")
@@ -112,8 +113,8 @@ def prepare_elsewhere(folder: Path) -> None:
     subprocess.run(command, check=True, cwd=CHECKOUT)
 
 
-def child(work: Callable[[], None]) -> int:
-    """Run something in a fork; its exit status."""
+def child(work: Callable[[], None], kill_after: float | None = None) -> int:
+    """Run something in a fork, killed after so many seconds; its exit status."""
     sys.stdout.flush()
     with warnings.catch_warnings():  # nothing was started before the fork, only imported
         warnings.simplefilter("ignore")
@@ -128,6 +129,9 @@ def child(work: Callable[[], None]) -> int:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         finally:
             os._exit(code)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(process, signal.SIGKILL)  # it is not reaped yet, so the number is its own
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
@@ -221,19 +225,58 @@ def kill_points(folder: Path, count: int, seed: int) -> dict[str, Any]:
     }
 
 
+def random_instants(folder: Path, count: int, seed: int) -> dict[str, Any]:
+    """Figures of SIGKILLs at instants drawn evenly from a run's time, up to five in a row on one root."""
+    start, rng = time.monotonic(), random.Random(seed)
+    prepare_elsewhere(folder)
+    golden = folder / "golden"
+    began = time.monotonic()
+    assert child(lambda: go(job(folder, golden))) == 0
+    length = time.monotonic() - began
+    struck, finished, chains, failed = 0, 0, 0, []
+    while struck < count:
+        root = folder / "root"
+        shutil.rmtree(root, ignore_errors=True)
+        spec = job(folder, root)
+        for _ in range(rng.randrange(1, 6)):
+            ended = child(lambda: go(spec), kill_after=rng.uniform(0.05, length))
+            struck += ended == -signal.SIGKILL
+            finished += ended == 0
+            if ended not in (0, -signal.SIGKILL):
+                failed.append({"chain": chains, "exit": ended})
+            if ended == 0:
+                break
+        again = child(lambda: go(spec))
+        checked = child(lambda: check(root, golden)) if again == 0 else 1
+        if again or checked:
+            failed.append({"chain": chains, "exits": [again, checked]})
+        chains += 1
+    return {
+        "suite": "random instants",
+        "seed": seed,
+        "count": struck,
+        "chains": chains,
+        "came_through": finished,
+        "failed": failed,
+        "seconds": round(time.monotonic() - start, 1),
+    }
+
+
 def main() -> None:
     """One line of JSON."""
     options = argparse.ArgumentParser()
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--count", type=int, default=500)
     options.add_argument("--out")
+    options.add_argument("--random", action="store_true")
     options.add_argument("--prepare")
     asked = options.parse_args()
     if asked.prepare:
         prepared(Path(asked.prepare))
         return
     with tempfile.TemporaryDirectory() as folder:
-        result = kill_points(Path(folder), asked.count, asked.seed)
+        suite = random_instants if asked.random else kill_points
+        result = suite(Path(folder), asked.count, asked.seed)
     text = json.dumps(result)
     print(text)
     if asked.out:
