@@ -1,10 +1,12 @@
 # `make embed` and `make test` each work first on a fresh clone with only Python >= 3.11 and make.
 JOB ?= jobs/demo.yaml
+SEED ?= 0
+MINUTES ?= 60
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: embed test setup lint schemas clean help
+.PHONY: embed test setup lint schemas faults clean help
 
 help:            ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /	/'
@@ -24,6 +26,9 @@ lint: $(READY)   ## ruff and mypy
 
 schemas: $(READY) ## write schemas/job.schema.json from the models
 	$(BIN)/matryoshka schema > schemas/job.schema.json
+
+faults: $(READY) ## kills, lost power, full disks, races, damage: make faults SEED=0 MINUTES=60
+	$(BIN)/python -m tests.faults --seed $(SEED) --minutes $(MINUTES)
 
 clean:           ## remove .venv and caches; output/ is kept
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -35,11 +35,12 @@ from pipeline import (
 from pipeline.embedder import COUNTERS
 from pipeline.encoders import models
 from pipeline.encoders.queries import QueryEncoder
-from pipeline.errors import DamageError, SpecError
+from pipeline.errors import DamageError, PipelineError, SpecError
 from pipeline.search import Index
 from pipeline.spec import JobSpec
 from pipeline.storage import Root
 from pipeline.tables import DOCUMENTS, FORMAT, PARAMETERS, Fits, Parent, TableInfo
+from pipeline.vectors import bytes_per_row
 from pipeline.workers import Pool, Progress, peak_memory_bytes
 
 log = logging.getLogger(__name__)
@@ -118,6 +119,7 @@ class _Run:
         if last == "corpus":
             return {}
         self._refuse_other_corpus(scan)
+        self._refuse_small_disk(scan)
         with self.stage("embed", scan.rows) as tell:
             shards = corpus.shards(scan, spec.corpus, root)
             full = embed.run(
@@ -211,6 +213,22 @@ class _Run:
         if begun is not None:
             wanted = {"corpus.rows": scan.rows, "corpus.digest": scan.digest}
             ledger.refuse_changes(self.root, begun, wanted, corpus.changes(self.root, begun, scan))
+
+    def _refuse_small_disk(self, scan: corpus.Scan) -> None:
+        """PipelineError where not even the numbers of the vectors fit, which no codec makes smaller."""
+        spec, newest, begun = self.spec, ledger.newest_generation(self.root), ledger.begun(self.root)
+        known = set() if newest is None else set(newest["tables"])
+        full_dim = begun["facts"]["full_dim"] if begun else self.folder.dim or max(one.dim for one in spec.prefixes)
+        each = sum(one.bytes_per_row for one in spec.prefixes if one.table not in known)
+        rows = scan.rows - sum(scan.reasons.values())
+        done = len(ledger.Ledger(self.root, "embed").names()) * corpus.shard_rows(scan.rows, spec.corpus)
+        needed = rows * each + max(0, rows - done) * bytes_per_row(full_dim, spec.embed.vectors)
+        free = self.root.disk.free(self.root.path)
+        if needed > free:
+            raise PipelineError(
+                f"{self.root.path} has {free / 1e9:.3f} GB left, the job needs at least {needed / 1e9:.3f} GB for the "
+                f"vectors of {rows:,} rows alone; make room, or choose another root"
+            )
 
     def _candidate(
         self,

@@ -8,6 +8,7 @@ storage; tests put a simulated one in its place that stops, fails, tears or forg
 import hashlib
 import json
 import os
+import shutil
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -62,6 +63,9 @@ class Backend(Protocol):
 
     def remove_folder(self, folder: Path) -> None:
         """Remove a folder and what is in it; no error where there is none."""
+
+    def free(self, folder: Path) -> int:
+        """Bytes that may still be written."""
 
     def unique(self) -> str:
         """A name that was never given before."""
@@ -137,6 +141,10 @@ class Disk:
                 Path(below, name).rmdir()
         if folder.is_dir():
             folder.rmdir()
+
+    def free(self, folder: Path) -> int:
+        """Bytes that may still be written."""
+        return shutil.disk_usage(folder).free
 
     def unique(self) -> str:
         """A name that was never given before."""

@@ -14,7 +14,7 @@ import polars as pl
 import pytest
 
 from pipeline import run
-from pipeline.errors import LockedError, StaleError
+from pipeline.errors import LockedError, PipelineError, StaleError
 from pipeline.lock import lock
 from pipeline.storage import Root
 from tests.conftest import corpus_frame
@@ -314,3 +314,16 @@ def test_a_second_job_on_a_root_is_refused(spec, job_file, tmp_path):
     assert f"held by another job (process {os.getpid()} " in err.replace("\n", " ")
     with lock(Root(tmp_path / "root")), pytest.raises(LockedError), lock(Root(tmp_path / "root")):
         pass
+
+
+def test_a_job_that_cannot_fit_is_refused_before_a_model_is_loaded(spec, monkeypatch):
+    from pipeline import storage
+
+    monkeypatch.setattr(storage.Disk, "free", lambda disk, folder: 120 * 2 * 32)
+    with pytest.raises(PipelineError, match="0.000 GB left, the job needs at least 0.000 GB for the vectors of 120 rows"):
+        run(spec())
+    assert not records(Path(spec().root))
+    monkeypatch.setattr(storage.Disk, "free", lambda disk, folder: 120 * (2 * 32 + 1 + 16 + 32))
+    first = run(spec())
+    monkeypatch.setattr(storage.Disk, "free", lambda disk, folder: 0)
+    assert run(spec())["generation"] == first["generation"]
