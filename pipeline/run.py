@@ -248,15 +248,16 @@ class _Run:
             },
         }  # fmt: skip
         fragments = {DOCUMENTS: full.fragments, PARAMETERS: fits.record["fragments"]}
+        committed = {DOCUMENTS: full.version, PARAMETERS: fits.parameters_version}
         for table in derived:
             tables[table.name] = {
                 "rows": table.rows, "digest": table.digest, "parts": table.parts, "clipped_share": table.clipped_share,
             }  # fmt: skip
-            fragments[table.name] = table.fragments
+            fragments[table.name], committed[table.name] = table.fragments, table.version
         for name, entry in tables.items():
             at = indexed.get(name, index.Indexed(fits.parameters_version, None))
             entry |= {"version": at.version, "index": at.index}
-            if not store.holds(self.root, name, at.version, fragments[name]):
+            if at.version != committed[name] and not store.holds(self.root, name, at.version, fragments[name]):
                 raise DamageError(f"{name}: another job changed it meanwhile; run again")
             if entry["rows"] != full.rows and name != PARAMETERS:
                 raise DamageError(f"{name} has {entry['rows']} rows where documents has {full.rows}; delete the root")

@@ -91,7 +91,8 @@ def write_fragments(root: Root, table: str, data: pa.Table, schema: pa.Schema, r
         return Written([], {})
     draft = root.draft_folder()
     fragments = draft_fragments(draft, data, schema)
-    files = {path: str(root.disk.digest(draft / "data" / path)) for path in _data_files(fragments)}
+    paths = [file.path for fragment in fragments for file in fragment.files]
+    files = {path: str(root.disk.digest(draft / "data" / path)) for path in paths}
     note = {"table": table, "files": list(files), "record": record}
     root.create(f"{MOVES}/{root.fence}-{root.disk.unique()}.json", to_json(signed(note)))
     for path in files:
@@ -121,54 +122,52 @@ def drop_leftovers(root: Root) -> None:
             root.delete(f"{MOVES}/{name}")
 
 
-def commit(root: Root, table: str, schema: pa.Schema, fragments: Sequence[dict[str, Any]], afresh: bool = False) -> int:
+def commit(
+    root: Root, table: str, schema: pa.Schema, fragments: Sequence[Mapping[str, Any]], afresh: bool = False
+) -> int:
     """Publish fragments as the table's whole content, in order; the version that holds them.
 
     Compares data files first: a commit that has landed is not made again, also where its own reply was an error.
     `afresh` makes it anyway, without the indexes. DamageError where data files are gone.
     """
-    uri, parsed = table_uri(root, table), _parsed(fragments)
-    if not is_whole(root, table, fragments):
-        raise DamageError(f"{uri}: data files are gone or cut short; run the job again to repair it")
-    version = None if afresh else _landed(uri, parsed)
+    uri = table_uri(root, table)
+    version = None if afresh else _landed(uri, fragments)
     if version is None:
+        if not is_whole(root, table, fragments):
+            raise DamageError(f"{uri}: data files are gone or cut short; run the job again to repair it")
         root.disk.make_folder(root / table_name(table))
         try:
-            version = _overwrite(uri, schema, parsed)
+            version = _overwrite(uri, schema, fragments)
         except (OSError, RuntimeError):
-            version = _landed(uri, parsed)  # the reply may be lost where the commit is not
+            version = _landed(uri, fragments)  # the reply may be lost where the commit is not
             if version is None:
                 raise
     sync_table(root, table)
     return version
 
 
-def _overwrite(uri: str, schema: pa.Schema, fragments: Sequence[FragmentMetadata]) -> int:
-    return int(lance.LanceDataset.commit(uri, lance.LanceOperation.Overwrite(schema, fragments)).version)
+def _overwrite(uri: str, schema: pa.Schema, fragments: Sequence[Mapping[str, Any]]) -> int:
+    parsed = [FragmentMetadata.from_json(json.dumps(fragment)) for fragment in fragments]
+    return int(lance.LanceDataset.commit(uri, lance.LanceOperation.Overwrite(schema, parsed)).version)
 
 
-def _landed(uri: str, wanted: Sequence[FragmentMetadata]) -> int | None:
+def _landed(uri: str, wanted: Sequence[Mapping[str, Any]]) -> int | None:
     """The newest version, if it holds just these data files."""
     if not table_exists(uri):
         return None
     current = open_table(uri)
-    return (
-        int(current.version) if _data_files(_held(current)) == _data_files(wanted) and not _deleted(current) else None
-    )
+    return int(current.version) if _is_just(current, wanted) else None
 
 
-def _held(table: Table) -> list[FragmentMetadata]:
-    return [fragment.metadata for fragment in table.get_fragments()]
+def _is_just(table: Table, wanted: Sequence[Mapping[str, Any]]) -> bool:
+    held = [fragment.metadata for fragment in table.get_fragments()]
+    paths = [file["path"] for fragment in wanted for file in fragment["files"]]
+    return not any(one.deletion_file for one in held) and [file.path for one in held for file in one.files] == paths
 
 
-def _deleted(table: Table) -> bool:
-    return any(fragment.deletion_file for fragment in _held(table))
-
-
-def holds(root: Root, table: str, version: int, fragments: Sequence[dict[str, Any]]) -> bool:
+def holds(root: Root, table: str, version: int, fragments: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a version's content is just these fragments."""
-    opened = open_table(table_uri(root, table), version)
-    return _data_files(_held(opened)) == _data_files(_parsed(fragments)) and not _deleted(opened)
+    return _is_just(open_table(table_uri(root, table), version), fragments)
 
 
 def sync_table(root: Root, table: str) -> None:
@@ -195,14 +194,6 @@ def check_files(root: Root, table: str, files: Mapping[str, str]) -> None:
         if sha256(root / name) != digest:
             root.set_aside(name)
             raise DamageError(f"{root / name} is not what was written; it was set aside, run again to redo its rows")
-
-
-def _parsed(fragments: Sequence[dict[str, Any]]) -> list[FragmentMetadata]:
-    return [FragmentMetadata.from_json(json.dumps(fragment)) for fragment in fragments]
-
-
-def _data_files(fragments: Sequence[FragmentMetadata]) -> list[str]:
-    return [file.path for fragment in fragments for file in fragment.files]
 
 
 def table_exists(uri: str) -> bool:

@@ -40,7 +40,7 @@ def run(name: str, seed: int, minutes: float) -> dict[str, Any]:
     module, *flags = name.split()
     command = [sys.executable, "-m", f"tests.faults.{module}", *flags, *(one.format(**values) for one in arguments)]
     ended = subprocess.run(
-        command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False
+        command, cwd=CHECKOUT, capture_output=True, text=True, check=False
     )
     try:
         figures = dict(json.loads(ended.stdout[ended.stdout.index("{") :]))

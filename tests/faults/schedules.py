@@ -417,10 +417,6 @@ def patched() -> Any:
         _overwrite=overwrite,
         _landed=landed,
         sync_table=sync_table,
-        _parsed=lambda fragments: fragments,
-        _data_files=lambda fragments: [
-            one.path if isinstance(one, Fragment) else one["files"][0]["path"] for one in fragments
-        ],
     )
     owner = mock.patch.multiple(
         lock.Owner,
