@@ -5,9 +5,8 @@ for duplicates, and what will be quarantined. A file whose size and time are unc
 """
 
 import base64
-import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,7 +16,8 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline import docstrings, ids, rows, sources, store
+from pipeline import drift, ids, rows, sources, store
+from pipeline.drift import digest_of
 from pipeline.errors import DataError, SpecError
 from pipeline.ledger import Ledger, Record, Slot
 from pipeline.sources import Part, Reader, Shard, SourceFile
@@ -78,7 +78,7 @@ def run(corpus: Corpus, root: Root, pool: Pool, on_progress: OnProgress | None =
     files = check(corpus)
     ledger = Ledger(root, "corpus")
     units = _units(files, corpus)
-    key = _hash(*(unit.name for unit in units))
+    key = digest_of(*(unit.name for unit in units))
     standing = ledger.slot(key, partial(_is_whole, root))
     if standing.record is None:
         slots = [ledger.slot(unit.name, partial(_is_whole, root)) for unit in units]
@@ -132,12 +132,8 @@ def _units(files: Sequence[SourceFile], corpus: Corpus) -> list[Unit]:
             size = 0
         groups[-1].append(file)
         size += file.size
-    names = [_hash(rule, *(f"{file.path} {file.size} {file.stamp}" for file in group)) for group in groups]
+    names = [digest_of(rule, *(f"{file.path} {file.size} {file.stamp}" for file in group)) for group in groups]
     return [Unit(name, tuple(group)) for name, group in zip(names, groups, strict=True)]
-
-
-def _hash(*parts: str) -> str:
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
 class _Scanner:
@@ -174,7 +170,7 @@ class _Scanner:
                     spill.add([ids.of_id(name) for _, name in named], [first_row + offset for offset, _ in named])
                 else:
                     spill.add(clean.digests, [first_row + offset for offset in clean.offsets])
-            files.append({"path": file.path, "rows": count, "sha256": _content_digest(file)})
+            files.append({"path": file.path, "rows": count, "sha256": drift.content_digest(file)})
             first_row += count
         spill.close()
         size = draft.stat().st_size
@@ -229,19 +225,6 @@ def _merged(types: dict[str, pa.DataType], seen: dict[str, pa.DataType], file: S
     return merged
 
 
-def _content_digest(file: SourceFile) -> str:
-    if file.kind == "docstrings":
-        return _hash(*(f"{row['id']}\n{row['text']}" for row in docstrings.stdlib()))
-    if file.kind == "lance":
-        names = [
-            f"{data.path} {data.file_size_bytes}"
-            for part in store.open_table(file.path).get_fragments()
-            for data in part.metadata.files
-        ]
-        return _hash(file.stamp, *names)
-    return sources.content_digest(file)
-
-
 def _types_out(types: dict[str, pa.DataType]) -> str:
     return base64.b64encode(pa.schema(list(types.items())).serialize().to_pybytes()).decode()
 
@@ -271,7 +254,7 @@ def _summary(corpus: Corpus, root: Root, units: Sequence[Unit], records: Sequenc
         reasons["duplicate_text"] = len(repeated)
         rows_file = store.npy(np.sort(repeated["row"].to_numpy()))
     return {
-        "digest": _hash(*(f"{file['sha256']} {file['rows']}" for record in records for file in record["files"])),
+        "digest": digest_of(*(f"{file['sha256']} {file['rows']}" for record in records for file in record["files"])),
         "counts": counts,
         "types": _types_out(types),
         "reasons": dict(reasons),
@@ -372,36 +355,6 @@ def known_ids(root: Root, scan: Scan, corpus: Corpus, names: Sequence[str]) -> l
     """Which of these ids the corpus holds, by the spilled hashes."""
     hashes = [ids.of_id(name) if corpus.id else ids.of_text_id(name) for name in names]
     return ids.known([root / kept_name(spill) for spill in scan.spills], hashes)
-
-
-def changes(root: Root, begun: Mapping[str, Any], scan: Scan) -> str:
-    """What is different from the corpus that the root was begun with, in words; empty where nothing is."""
-    if begun["corpus.digest"] == scan.digest:
-        return ""
-    before = Ledger(root, "corpus").get(begun["scan"])
-    now = Ledger(root, "corpus").get(scan.key)
-    if before is None or now is None:
-        return "its files are not known any more"
-    then, today = ({file["path"]: file for file in record["files"]} for record in (before, now))
-    gone, new = then.keys() - today.keys(), today.keys() - then.keys()
-    contents = {then[path]["sha256"]: path for path in gone}
-    renamed = {path: contents[today[path]["sha256"]] for path in new if today[path]["sha256"] in contents}
-    told = {
-        "changed": [
-            f"{path} ({then[path]['rows']} -> {today[path]['rows']} rows)"
-            for path in sorted(then.keys() & today.keys())
-            if then[path]["sha256"] != today[path]["sha256"]
-        ],
-        "added": sorted(new - renamed.keys()),
-        "removed": sorted(gone - set(renamed.values())),
-        "renamed": [f"{old} -> {path}" for path, old in sorted(renamed.items())],
-    }
-    parts = [
-        f"{len(paths)} {what}: {', '.join(paths[:3])}{', …' if len(paths) > 3 else ''}"
-        for what, paths in told.items()
-        if paths
-    ]
-    return "; ".join(parts) or "the same files in another order"
 
 
 def known_rows(files: Sequence[SourceFile]) -> int | None:

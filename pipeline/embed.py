@@ -7,7 +7,7 @@ them in one record and publishes them in shard order with one commit. Vectors ne
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -69,9 +69,11 @@ def run(
     pool: Pool,
     on_progress: OnProgress | None = None,
     afresh: bool = False,
+    check_corpus: Callable[[], None] = lambda: None,
 ) -> Full:
     """Embed what is missing and publish `documents`; `afresh` publishes it again, without its indexes.
 
+    `check_corpus` is called when all is embedded, before it is sealed: the texts must be those that were scanned.
     `corpus_fields` are the corpus' part of the fingerprint. Raises StaleError where the root was begun
     otherwise, SpecError where a prefix is longer than the model's vectors, DataError where the budget is spent.
     """
@@ -94,6 +96,7 @@ def run(
             slots = [book.slot(name) for name in names]
         seal = book.slot(_seal([slot.name for slot in slots]), is_whole)
         if seal.record is None:
+            check_corpus()
             seal = Slot(seal.name, book.add(seal.name, _sealed(spec, shards, slots, root)))
     assert standing is not None
     facts, sealed = Facts(**standing["facts"]), seal.done

@@ -18,6 +18,7 @@ import polars as pl
 from pipeline import (
     corpus,
     derive,
+    drift,
     embed,
     evaluate,
     export,
@@ -132,6 +133,7 @@ class _Run:
                 self.pool,
                 tell,
                 DOCUMENTS in afresh,
+                lambda: drift.check(root, scan.key, scan.files),
             )
             parent = Parent(
                 store.table_uri(root, DOCUMENTS), full.version, full.digest, full.rows, full.info, full.files
@@ -210,9 +212,9 @@ class _Run:
     def _refuse_other_corpus(self, scan: corpus.Scan) -> None:
         """StaleError with what changed, where the root was begun with another corpus."""
         begun = ledger.begun(self.root)
-        if begun is not None:
+        if begun is not None and begun["corpus.digest"] != scan.digest:
             wanted = {"corpus.rows": scan.rows, "corpus.digest": scan.digest}
-            ledger.refuse_changes(self.root, begun, wanted, corpus.changes(self.root, begun, scan))
+            ledger.refuse_changes(self.root, begun, wanted, drift.changes(self.root, begun, scan.key))
 
     def _refuse_small_disk(self, scan: corpus.Scan) -> None:
         """PipelineError where not even the numbers of the vectors fit, which no codec makes smaller."""

@@ -13,7 +13,7 @@ LEVELS = [
     {"probe", "adaptor"},
     {"spec", "store", "docstrings", "tables", "ids", "lock", "ledger"},
     {"sources", "encoders", "workers", "repair"},
-    {"rows", "queries"},
+    {"rows", "queries", "drift"},
     {"embedder", "levels"},
     {"corpus", "embed", "export", "fit", "derive", "index", "search"},
     {"evaluate", "sample"},

@@ -14,7 +14,7 @@ import polars as pl
 import pytest
 
 from pipeline import run
-from pipeline.errors import LockedError, PipelineError, StaleError
+from pipeline.errors import DataError, LockedError, PipelineError, StaleError
 from pipeline.lock import lock
 from pipeline.storage import Root
 from tests.conftest import corpus_frame
@@ -320,10 +320,24 @@ def test_a_job_that_cannot_fit_is_refused_before_a_model_is_loaded(spec, monkeyp
     from pipeline import storage
 
     monkeypatch.setattr(storage.Disk, "free", lambda disk, folder: 120 * 2 * 32)
-    with pytest.raises(PipelineError, match="0.000 GB left, the job needs at least 0.000 GB for the vectors of 120 rows"):
+    with pytest.raises(
+        PipelineError, match="0.000 GB left, the job needs at least 0.000 GB for the vectors of 120 rows"
+    ):
         run(spec())
     assert not records(Path(spec().root))
     monkeypatch.setattr(storage.Disk, "free", lambda disk, folder: 120 * (2 * 32 + 1 + 16 + 32))
     first = run(spec())
     monkeypatch.setattr(storage.Disk, "free", lambda disk, folder: 0)
     assert run(spec())["generation"] == first["generation"]
+
+
+def test_a_file_that_changes_under_the_job_is_refused_though_size_and_time_are_the_same(spec, tmp_path):
+    file = tmp_path / "c.jsonl"
+    corpus_frame().write_ndjson(file)
+    stat = file.stat()
+    run(spec(corpus__source=str(file)), last="corpus")
+    file.write_bytes(file.read_bytes().replace(b"w00", b"w01", 1))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(DataError, match="c.jsonl changed while it was embedded"):
+        run(spec(corpus__source=str(file)))
+    assert not list((Path(spec().root) / "generations").iterdir())
