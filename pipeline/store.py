@@ -112,6 +112,7 @@ def drop_leftovers(root: Root) -> None:
         record = None if note is None else read_signed(root, f"{STATE}/{note['record']}.json")
         if note is None or record is None:
             continue
+        root.disk.sync_folder((root / f"{STATE}/{note['record']}.json").parent)  # the record outlives the note
         leftover = [data_name(note["table"], path) for path in set(note["files"]) - set(record["files"])]
         there = [path for path in leftover if root.size(path) is not None]
         for path in there:

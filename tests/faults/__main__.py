@@ -39,9 +39,7 @@ def run(name: str, seed: int, minutes: float) -> dict[str, Any]:
     values = {"seed": seed, "first": seed * 10_000_000, "minutes": round(share * minutes, 2)}
     module, *flags = name.split()
     command = [sys.executable, "-m", f"tests.faults.{module}", *flags, *(one.format(**values) for one in arguments)]
-    ended = subprocess.run(
-        command, cwd=CHECKOUT, capture_output=True, text=True, check=False
-    )
+    ended = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
     try:
         figures = dict(json.loads(ended.stdout[ended.stdout.index("{") :]))
     except ValueError:

@@ -311,7 +311,8 @@ class SimDisk:
 
     def names(self, folder: Path) -> list[str]:
         def effect() -> list[str]:
-            below = [Path(name).name for name in self.world.folders if Path(name).parent == folder]
+            inside = [name.removeprefix(f"{folder}/") for name in self.world.folders if name.startswith(f"{folder}/")]
+            below = [name.split("/")[0] for name in inside]
             return sorted({*self._folder(folder).names, *below})
 
         return self._call("names", folder, effect, writes=False)
