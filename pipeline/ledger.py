@@ -1,9 +1,9 @@
 """What is done. A piece of work is done when its record is; a root keeps to what it was begun with.
 
 `_state/job.json` holds the fingerprint: every setting that changes what the stored vectors mean.
-`_state/<stage>/<key>/<name>.json` are records, each made once and never changed or removed. Work that was lost or
-damaged afterwards is done again under the next edition of its name (`<name>~1`), so that a name which stands
-once never opens again to a job that was given up.
+`_state/<stage>/<key>/<name>.json` are records, each made once and never changed; only a damaged one is moved aside.
+Work that was lost or damaged afterwards is done again under the next edition of its name (`<name>~1`), so that a name
+which stands once does not open again to a job that was given up.
 """
 
 import json

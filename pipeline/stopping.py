@@ -1,7 +1,8 @@
 """Signals: the first asks the job to end, the second ends it at once.
 
 After the first, no new work begins; work that cannot be left at any point (`patience`) gets `GRACE` seconds to come to
-one, and the process ends within `LIMIT` whatever it is doing, also deep in a library's code.
+one, and the process ends within `LIMIT` whatever it is doing, also deep in a library's code (which must let other
+threads run, as all long calls of NumPy, torch, Lance and Ray do).
 """
 
 import os

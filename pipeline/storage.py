@@ -184,8 +184,14 @@ class Root:
 
     def write(self, name: str, data: bytes) -> None:
         """Write or replace a file in one step, durable when this returns."""
-        target = self._ready(name)
-        self.disk.replace(self._draft(data), target)
+        while True:  # a turn that fails means that another job took the root and removed drafts without a number
+            target = self._ready(name)
+            try:
+                self.disk.replace(self._draft(data), target)
+                break
+            except FileNotFoundError:
+                if self.fence:
+                    raise
         self.disk.sync_folder(target.parent)
 
     def create(self, name: str, data: bytes) -> bool:
