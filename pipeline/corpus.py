@@ -81,13 +81,13 @@ def run(corpus: Corpus, root: Root, pool: Pool, on_progress: OnProgress | None =
     key = digest_of(*(unit.name for unit in units))
     standing = ledger.slot(key, partial(_is_whole, root))
     if standing.record is None:
-        slots = [ledger.slot(unit.name, partial(_is_whole, root)) for unit in units]
+        slots = ledger.slots([unit.name for unit in units], partial(_is_whole, root))
         todo = [Todo(slot.name, unit) for unit, slot in zip(units, slots, strict=True) if slot.record is None]
         if todo:
             with pool.team(partial(_Scanner, corpus, root), on_progress) as team:
                 for _ in team.map(todo):
                     pass
-            slots = [ledger.slot(unit.name) for unit in units]
+            slots = ledger.slots([unit.name for unit in units])
         summary = _summary(corpus, root, units, [slot.done for slot in slots])
         standing = Slot(standing.name, ledger.add(standing.name, summary))
     scan = _load(key, standing.done, files)

@@ -87,13 +87,13 @@ def run(
     names = [shard.name for shard in shards]
     seal = book.slot(_seal(book.newest(names)), is_whole)
     if seal.record is None:
-        slots = [book.slot(name, is_whole) for name in names]
+        slots = book.slots(names, is_whole)
         todo = [(shard, slot.name) for shard, slot in zip(shards, slots, strict=True) if slot.record is None]
         if todo:
             with pool.team(partial(Embedder, spec, folder, root, types), on_progress, gpus=True) as team:
                 standing = standing or _begin(spec, team.call(Resolve(shards[0])), fixed, root)
                 _embed(todo, Facts(**standing["facts"]), team)
-            slots = [book.slot(name) for name in names]
+            slots = book.slots(names)
         seal = book.slot(_seal([slot.name for slot in slots]), is_whole)
         if seal.record is None:
             check_corpus()

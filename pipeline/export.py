@@ -36,7 +36,7 @@ def run(parent: Parent, root: Root, pool: Pool) -> dict[str, str]:
     ]
     files = [f"{FOLDER}/part-{at:07d}.parquet" for at in range(len(numbers))]
     names = [f"{at:07d}" for at in range(len(numbers))]
-    slots = [book.slot(name, partial(_is_whole, root)) for name in names]
+    slots = book.slots(names, partial(_is_whole, root))
     todo = [
         Part(slot.name, file, number)
         for slot, file, number in zip(slots, files, numbers, strict=True)
@@ -46,7 +46,7 @@ def run(parent: Parent, root: Root, pool: Pool) -> dict[str, str]:
         with pool.team(partial(_Writer, parent, root)) as team:
             for _ in team.map(todo):
                 pass
-    records = [book.slot(name).done for name in names]
+    records = [slot.done for slot in book.slots(names)]
     return {record["file"]: record["sha256"] for record in records}
 
 

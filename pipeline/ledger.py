@@ -8,7 +8,7 @@ which stands once does not open again to a job that was given up.
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -60,9 +60,13 @@ class Ledger:
 
     def slot(self, name: str, is_sound: Callable[[Record], bool] = lambda record: True) -> Slot:
         """The newest edition of a piece of work; the next one where its record is damaged or not sound."""
-        edition = 0
-        while self.root.size(f"{self.folder}/{_edition(name, edition + 1)}.json") is not None:
-            edition += 1
+        return self.slots([name], is_sound)[0]
+
+    def slots(self, names: Sequence[str], is_sound: Callable[[Record], bool] = lambda record: True) -> list[Slot]:
+        """The same for many, with one look at the folder."""
+        return [self._slot(name, edition, is_sound) for name, edition in self._editions(names)]
+
+    def _slot(self, name: str, edition: int, is_sound: Callable[[Record], bool]) -> Slot:
         try:
             record = self.read(_edition(name, edition))
         except DamageError as error:
@@ -86,14 +90,17 @@ class Ledger:
         slot = self.slot(name, is_sound)
         return slot.record if slot.record is not None else self.add(slot.name, make())
 
-    def newest(self, names: Iterable[str]) -> list[str]:
+    def newest(self, names: Sequence[str]) -> list[str]:
         """The newest slot of each name, by the names of records alone (none is read)."""
+        return [_edition(name, edition) for name, edition in self._editions(names)]
+
+    def _editions(self, names: Sequence[str]) -> list[tuple[str, int]]:
         editions: dict[str, int] = {}
         for file in self.root.names(self.folder):
             if file.endswith(".json"):
                 name, _, edition = file.removesuffix(".json").partition("~")
                 editions[name] = max(editions.get(name, 0), int(edition or 0))
-        return [_edition(name, editions.get(name, 0)) for name in names]
+        return [(name, editions.get(name, 0)) for name in names]
 
     def names(self) -> set[str]:
         """Names of everything that has a record."""

@@ -208,3 +208,12 @@ def test_what_a_given_up_job_puts_back_is_settled_again(root, after, name, known
         root.write("manifest.json", to_json(newest))
     ledger.settle(replace(root, disk=PutsBack(after, name)))
     assert root.read("note") == b"new" and json.loads(root.read("manifest.json")) == newest
+
+
+def test_an_edition_that_was_moved_aside_leaves_the_later_ones_standing(tmp_path):
+    book = Ledger(Root(tmp_path), "embed")
+    for slot in ("a", "a~1", "a~2"):
+        book.add(slot, {"made": slot})
+    book.root.set_aside("_state/embed/a~1.json")
+    assert book.slot("a").record == {"made": "a~2"}
+    assert book.newest(["a"]) == ["a~2"]

@@ -211,7 +211,6 @@ LEDGER = [
         'gone or damaged", name)\n            return Slot(_edition(name, edition))',
     ),
     ("an unsound record is done", "        if not is_sound(record):\n", "        if False:\n"),
-    ("the first edition is the newest", "            edition += 1\n", "            break\n"),
     ("newest knows no editions", "int(edition or 0))\n", "0)\n"),
     ("begun reads one copy", "    return read_signed(root, JOB_COPY)\n", "    return None\n"),
     ("a lost copy is not restored", "for name in (JOB_COPY, JOB):", "for name in (JOB,):"),
