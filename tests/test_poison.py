@@ -11,12 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import corpus, rows, run, sources, store
+from pipeline import corpus, rows, run, sources, storage
 from pipeline.encoders import models
 from pipeline.encoders.batches import encode_rows
 from pipeline.encoders.sentence import SentenceEncoder
 from pipeline.errors import DataError
 from pipeline.spec import Corpus, Workers
+from pipeline.storage import Root
 from pipeline.workers import Pool
 from tests import conftest, poison
 from tests.poison import KINDS, Kind
@@ -141,10 +142,11 @@ def test_a_poison_row_costs_only_itself(kind, at, tmp_path):
 @AT
 @of(kind for kind in KINDS if kind.refused)
 def test_a_row_that_no_job_may_have_is_named(kind, at, tmp_path):
-    store.prepare_root(tmp_path / "root")
+    root = Root(tmp_path / "root")
+    storage.prepare(root)
     path = filed(kind, at, tmp_path)
     with Pool(Workers(count=0)) as pool, pytest.raises(DataError, match=kind.refused):
-        corpus.run(Corpus(source=str(path), id="_id", text="text"), tmp_path / "root", pool)
+        corpus.run(Corpus(source=str(path), id="_id", text="text"), root, pool)
 
 
 def test_a_batch_is_seen_in_the_vectors():
