@@ -39,6 +39,7 @@ def call(command, folder):
     return subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, timeout=280)
 
 
+@pytest.mark.timeout(900)  # thirteen commands, some of which embed; about three minutes on a quiet machine
 def test_the_demo_and_the_commands_after_it(checkout):
     assert len(DEMO) == 13
     shown = {}
