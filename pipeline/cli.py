@@ -11,7 +11,7 @@ import polars as pl
 import typer
 from rich.table import Table
 
-from pipeline import corpus, ledger, lock, plan, querylog, report, stopping, verify
+from pipeline import corpus, embed, ledger, lock, plan, querylog, report, stopping, verify
 from pipeline.errors import DamageError, PipelineError, SpecError, StaleError
 from pipeline.run import Stage, check, run as run_job
 from pipeline.search import Index, Level, open_index
@@ -167,21 +167,20 @@ def _status(root: Root) -> dict[str, Any]:
     begun, generation = ledger.begun(root), ledger.newest_generation(root)
     if begun is None and generation is None and not root.names(STATE):
         raise StaleError(f"{root.path} holds no job; run one first")
-    embed = ledger.Ledger(root, "embed")
     facts: dict[str, Any] = {"root": str(root.path), "begun": begun is not None}
     if begun is not None:
         total = -(-begun["corpus.rows"] // begun["corpus.shard_rows"])
-        names = {name for name in embed.names() if not name.startswith("sealed")}
-        records = [embed.get(name) or {} for name in sorted(names)]
+        slots = ledger.Ledger(root, "embed").slots(sorted(embed.finished(root)))
+        records = [slot.record for slot in slots if slot.record is not None]
         facts |= {
             "rows": begun["corpus.rows"],
-            "shards": {"done": len(names), "left": total - len(names)},
+            "shards": {"done": len(records), "left": total - len(records)},
             "embedded": sum(record.get("rows", 0) for record in records),
             "quarantined": {
                 reason: sum(record["quarantined"].get(reason, 0) for record in records)
                 for reason in sorted({reason for record in records for reason in record["quarantined"]})
             },
-            "embed": "done" if len(names) == total else "unfinished",
+            "embed": "done" if len(records) == total else "unfinished",
         }
     facts["generation"] = None if generation is None else generation["generation"]
     if generation is not None:
@@ -337,10 +336,10 @@ def _summary(spec: JobSpec, generation: dict[str, Any]) -> None:
     out.print(f"\n[bold]{spec.name}[/], generation {generation['generation']} in {plain(str(root.path))}")
     reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(rows["reasons"].items()))
     out.print(f"  {rows['rows']:,} rows in, {rows['quarantined']:,} quarantined{f' ({reasons})' if reasons else ''}")
-    embed = generation["embed"]
+    counted = generation["embed"]
     out.print(
         f"  {plain(model['name'])}, {model['full_dim']} dimensions, {model['backend']} {model['precision']}; "
-        f"max_tokens cut {embed['cut_tokens']:,} tokens from {embed['cut_rows']:,} rows"
+        f"max_tokens cut {counted['cut_tokens']:,} tokens from {counted['cut_rows']:,} rows"
     )
     found = generation["transform"]
     out.print(f"  plain prefixes: [bold]{found['verdict']['says']}[/], {plain(found['verdict']['because'])}")

@@ -116,6 +116,11 @@ def run(
     )
 
 
+def finished(root: Root) -> set[str]:
+    """Names of the shards that have a record."""
+    return {name for name in Ledger(root, "embed").names() if not name.startswith("sealed-")}
+
+
 def _seal(slots: Sequence[str]) -> str:
     """Name of the record that joins these."""
     return "sealed-" + hashlib.sha256("\n".join(slots).encode()).hexdigest()[:16]

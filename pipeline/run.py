@@ -223,7 +223,7 @@ class _Run:
         full_dim = begun["facts"]["full_dim"] if begun else self.folder.dim or max(one.dim for one in spec.prefixes)
         each = sum(one.bytes_per_row for one in spec.prefixes if one.table not in known)
         rows = scan.rows - sum(scan.reasons.values())
-        done = len(ledger.Ledger(self.root, "embed").names()) * corpus.shard_rows(scan.rows, spec.corpus)
+        done = len(embed.finished(self.root)) * corpus.shard_rows(scan.rows, spec.corpus)
         needed = rows * each + max(0, rows - done) * bytes_per_row(full_dim, spec.embed.vectors)
         free = self.root.disk.free(self.root.path)
         if needed > free:

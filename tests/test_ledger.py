@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import settings, strategies as st
@@ -12,7 +11,7 @@ from pipeline import ledger, storage
 from pipeline.errors import DamageError, StaleError
 from pipeline.ledger import Ledger, Slot
 from pipeline.storage import Disk, Root, read_signed, signed, to_json
-from tests.faults.simulated import Odds, SimDisk, World
+from tests.seam import Quicker, flipped, simulated
 
 
 @pytest.fixture
@@ -20,15 +19,6 @@ def root(tmp_path):
     made = Root(tmp_path / "root", fence=1)
     storage.prepare(made)
     return made
-
-
-def simulated():
-    """A root in memory, on which nothing goes wrong by itself."""
-    return Root(Path("/root"), 1, SimDisk(World(0, Odds(0, 0, 0, 0))))
-
-
-def flipped(data, bit):
-    return data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :]
 
 
 NAMES = st.sampled_from("ab")
@@ -169,18 +159,6 @@ def test_two_jobs_that_publish_at_once_get_two_numbers(root):
     slow = replace(root, disk=Quicker(lambda: generation(root, 2)))
     assert ledger.publish(slow, {"files": {}, "copies": []})["generation"] == 2
     assert ledger.generation_numbers(root) == [1, 2]
-
-
-class Quicker(Disk):
-    """Just before a file is made, another job was there."""
-
-    def __init__(self, act):
-        self.act = act
-
-    def link(self, source, target):
-        act, self.act = self.act, lambda: None
-        act()
-        super().link(source, target)
 
 
 class PutsBack(Disk):

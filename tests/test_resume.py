@@ -341,3 +341,15 @@ def test_a_file_that_changes_under_the_job_is_refused_though_size_and_time_are_t
     with pytest.raises(DataError, match="c.jsonl changed while it was embedded"):
         run(spec(corpus__source=str(file)))
     assert not list((Path(spec().root) / "generations").iterdir())
+
+
+def test_status_counts_a_damaged_record_as_work_that_is_left(spec, job_file, capsys, monkeypatch):
+    from pipeline import cli
+
+    root = Path(run(spec(corpus__shard_rows=50))["spec"]["root"])
+    (root / "_state" / "embed" / "0000001.json").write_bytes(b"{}")
+    monkeypatch.setattr(sys, "argv", ["matryoshka", "status", str(root), "--json"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    assert json.loads(capsys.readouterr().out)["shards"] == {"done": 2, "left": 1}

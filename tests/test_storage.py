@@ -18,7 +18,7 @@ from pipeline.errors import DamageError, LockedError, SpecError
 from pipeline.lock import Owner
 from pipeline.storage import ASIDE, DRAFTS, KEPT, Disk, Root, read_signed, signed, to_json
 from tests.faults import crash_states
-from tests.faults.simulated import Odds, SimDisk, World
+from tests.seam import Quicker, flipped, simulated
 
 ELSEWHERE = Owner("elsewhere", "", 1, "")
 NAMES_THAT_LEAD_OUT = [
@@ -33,17 +33,8 @@ def root(tmp_path):
     return made
 
 
-def simulated(fence=1):
-    """A root in memory, on which nothing goes wrong by itself."""
-    return Root(Path("/root"), fence, SimDisk(World(0, Odds(0, 0, 0, 0))))
-
-
 def drafts(root):
     return [path for path in (root.path / DRAFTS).rglob("*") if path.is_file()]
-
-
-def flipped(data, bit):
-    return data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :]
 
 
 # The seam
@@ -358,18 +349,6 @@ def test_a_claim_that_cannot_be_read_is_taken_over(root):
     lock.take(root, Owner.me())
     (root.path / lock.LOCKS / "1.json").write_bytes(b"")
     assert lock.take(root, Owner.me()).fence == 2
-
-
-class Quicker(Disk):
-    """Just before the claim lands, another job was there."""
-
-    def __init__(self, act):
-        self.act = act
-
-    def link(self, source, target):
-        act, self.act = self.act, lambda: None
-        act()
-        super().link(source, target)
 
 
 @pytest.mark.parametrize("others", [["1"], ["2"], ["1", "2"]])

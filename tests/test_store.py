@@ -17,7 +17,7 @@ from pipeline.ledger import Ledger
 from pipeline.lock import Owner
 from pipeline.sources import Shard
 from pipeline.storage import ASIDE, Disk, Root, read_signed, signed, to_json
-from tests.faults.simulated import Odds, SimDisk, World
+from tests.seam import flipped, simulated
 
 ELSEWHERE = Owner("elsewhere", "", 1, "")
 
@@ -27,15 +27,6 @@ def root(tmp_path):
     made = Root(tmp_path / "root", fence=1)
     storage.prepare(made)
     return made
-
-
-def simulated():
-    """A root in memory, on which nothing goes wrong by itself."""
-    return Root(Path("/root"), 1, SimDisk(World(0, Odds(0, 0, 0, 0))))
-
-
-def flipped(data, bit):
-    return data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :]
 
 
 # Lance's files

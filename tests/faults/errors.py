@@ -130,13 +130,10 @@ def main() -> None:
     """One line of JSON."""
     options = argparse.ArgumentParser()
     options.add_argument("--most", type=int, default=10_000)
-    options.add_argument("--out")
     asked = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = errors(Path(folder), asked.most)
     print(json.dumps(result))
-    if asked.out:
-        Path(asked.out).write_text(json.dumps(result))
     sys.exit(bool(result["failed"]))
 
 

@@ -269,7 +269,6 @@ def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--count", type=int, default=500)
-    options.add_argument("--out")
     options.add_argument("--random", action="store_true")
     options.add_argument("--prepare")
     asked = options.parse_args()
@@ -281,8 +280,6 @@ def main() -> None:
         result = suite(Path(folder), asked.count, asked.seed)
     text = json.dumps(result)
     print(text)
-    if asked.out:
-        Path(asked.out).write_text(text)
     sys.exit(bool(result["failed"]))
 
 

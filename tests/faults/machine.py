@@ -514,14 +514,11 @@ def main() -> None:
     options.add_argument("--minutes", type=float, default=5)
     options.add_argument("--rounds", type=int, help="seeds to play, instead of minutes")
     options.add_argument("--shrink", action="store_true", help="look for the shortest script that fails")
-    options.add_argument("--out")
     asked = options.parse_args()
     kills.quiet()
     with tempfile.TemporaryDirectory() as folder:
         result = suite(Path(folder), asked.seed, asked.minutes, asked.shrink, asked.rounds)
     print(json.dumps(result))
-    if asked.out:
-        Path(asked.out).write_text(json.dumps(result))
     sys.exit(bool(result["failures"]))
 
 

@@ -299,7 +299,6 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=10_000)
-    parser.add_argument("--out", type=Path)
     parser.add_argument("--batch", type=int, nargs=2)
     given = parser.parse_args()
     if given.batch:
@@ -309,8 +308,6 @@ def main() -> None:
     figures = scoreboard(given.seed, given.count)
     text = json.dumps(figures, indent=2)
     sys.stdout.write(text + "\n")
-    if given.out:
-        given.out.write_text(text + "\n")
     sys.exit(bool(figures["crashes"] or figures["different_detectable"]))
 
 

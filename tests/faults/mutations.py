@@ -1,6 +1,6 @@
 """Does the suite notice? One fsync, rename, check or fence is taken out at a time; some test must fail each time.
 
-    python -m tests.faults.mutations [--only NAME] [--out mutations.json]
+    python -m tests.faults.mutations [--only NAME]
 
 A mutation is one piece of text of one file, and what stands there instead. Each is made in a copy of the checkout, in
 which a quick part of the suite runs until something fails.
@@ -488,12 +488,9 @@ def main() -> None:
     """One line of JSON."""
     options = argparse.ArgumentParser()
     options.add_argument("--only", nargs="+", default=(), metavar="NAME", choices=[one.name for one in MUTATIONS])
-    options.add_argument("--out")
     asked = options.parse_args()
     result = run(asked.only)
     print(json.dumps(result))
-    if asked.out:
-        Path(asked.out).write_text(json.dumps(result))
     sys.exit(bool(result["survived"]))
 
 

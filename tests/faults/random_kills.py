@@ -150,7 +150,6 @@ def main() -> None:
     options.add_argument("--minutes", type=float, default=60)
     options.add_argument("--prepare")
     options.add_argument("--check", nargs=2)
-    options.add_argument("--out")
     asked = options.parse_args()
     if asked.prepare:
         kills.prepared(Path(asked.prepare), 4 * SHARDS)
@@ -160,8 +159,6 @@ def main() -> None:
         return
     result = run(asked.seed, asked.count, asked.minutes)
     print(json.dumps(result))
-    if asked.out:
-        Path(asked.out).write_text(json.dumps(result))
     sys.exit(bool(result["failed"]))
 
 

@@ -22,7 +22,7 @@ class Killed(BaseException):
     """The process is no more; nothing it does from here on has an effect."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Inode:
     """A file's bytes, and those that are on disk for sure (None: nothing is)."""
 
@@ -191,9 +191,6 @@ class World:
                 bytes(len(inode.data)),
             ]
         )
-
-
-Inode.__hash__ = object.__hash__  # type: ignore[assignment]
 
 
 def _apply(names: dict[str, Inode], name: str, inode: Inode | None) -> None:
