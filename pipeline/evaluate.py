@@ -16,10 +16,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline import queries as files
+from pipeline.cascade import QUERIES_AT_ONCE, Level
 from pipeline.errors import FloorError
 from pipeline.levels import Hits, View, best_of, joined, ranked_columns
 from pipeline.metrics import METRICS, interval, judged, recall_exact, without_own
-from pipeline.search import QUERIES_AT_ONCE, Index, Level
+from pipeline.search import Index
 from pipeline.spec import Evaluate
 from pipeline.storage import Root
 from pipeline.tables import DOCUMENTS, vector_matrix
@@ -164,11 +165,11 @@ def _from_corpus(index: Index, seed: int) -> Questions:
 def _sweep(index: Index, settings: Evaluate) -> list[Setting]:
     """Everything that is measured; the job's own cascade and exact come last."""
     k = settings.k
-    rows = index.documents.table.count_rows()
+    rows = index.opened.row_count
     lengths = sorted({max(200, 20 * k), *(length for length in settings.shortlists if k <= length <= rows)})
     finest = _finest(index)
     sweep = []
-    for view in index.views.values():
+    for view in index.opened.views.values():
         for scoring in _scorings(view):
             sweep.append(Setting(view.name, "alone", ((view.name, k, scoring),), rescore=False))
             sweep += [Setting(view.name, "rescored", ((view.name, length, scoring),)) for length in lengths]
@@ -177,13 +178,13 @@ def _sweep(index: Index, settings: Evaluate) -> list[Setting]:
                     Setting(view.name, "cascade", ((view.name, n, scoring), (finest.name, max(k, n // 4), "auto")))
                     for n in lengths
                 ]
-    return [*sweep, Setting("cascade", "cascade", tuple(index.cascade(k))), Setting("exact", "exact", ())]
+    return [*sweep, Setting("cascade", "cascade", tuple(index.opened.cascade(k))), Setting("exact", "exact", ())]
 
 
 def _finest(index: Index) -> View:
     """The prefix table nearest to the full vectors."""
     return max(
-        (view for view in index.views.values() if not view.is_full), key=lambda view: (view.row_bytes, view.name)
+        (view for view in index.opened.views.values() if not view.is_full), key=lambda view: (view.row_bytes, view.name)
     )
 
 
@@ -201,13 +202,13 @@ def _rankings(sweep: Sequence[Setting], questions: Questions, k: int, index: Ind
         vectors = questions.vectors[start : start + QUERIES_AT_ONCE]
         coarse: dict[tuple[str, str], _Coarse] = {}
         for setting in sweep:
-            if setting.choice in index.views:
+            if setting.choice in index.opened.views:
                 table, _, scoring = setting.levels[0]
                 if (table, scoring) not in coarse:
                     coarse = {(table, scoring): _Coarse(index, vectors, table, scoring, _longest(sweep, asked))}
                 hits = coarse[table, scoring].ranked(setting, asked)
             else:
-                hits, _ = index.rank(vectors, asked, None, setting.levels, setting.rescore)
+                hits, _ = index.opened.rank(vectors, asked, None, setting.levels, setting.rescore)
             blocks[setting].append(hits)
     found = {}
     for setting, hits in ((setting, joined(parts)) for setting, parts in blocks.items()):
@@ -227,8 +228,8 @@ class _Coarse:
 
     def __init__(self, index: Index, vectors: Matrix, table: str, scoring: str, keep: int) -> None:
         self._index, self._vectors = index, vectors
-        step = index.steps(keep, [(table, keep, scoring)], rescore=False)[0]
-        self._hits = index.level(step, vectors, None, keep, None)
+        step = index.opened.steps(keep, [(table, keep, scoring)], rescore=False)[0]
+        self._hits = index.opened.level(step, vectors, None, keep, None)
         self._scores: dict[str, Matrix] = {}
 
     def ranked(self, setting: Setting, asked: int) -> Hits:
@@ -247,7 +248,7 @@ class _Coarse:
 
     def _scored(self, table: str) -> Matrix:
         if table not in self._scores:
-            self._scores[table] = self._index.scores(table, self._vectors, self._hits)
+            self._scores[table] = self._index.opened.scores(table, self._vectors, self._hits)
         return self._scores[table]
 
 
@@ -259,11 +260,11 @@ def _columns(hits: Hits, picked: Any) -> Hits:
 
 def timed(setting: Setting, vectors: Matrix, k: int, index: Index) -> NDArray[np.float64]:
     """Seconds of the same search, one query at a time, after one to warm up."""
-    index.rank(vectors[:1], k, None, setting.levels, setting.rescore)
+    index.opened.rank(vectors[:1], k, None, setting.levels, setting.rescore)
     seconds: list[float] = []
     for vector in vectors[:TIMED_QUERIES]:
         start = time.perf_counter()
-        index.rank(vector[None], k, None, setting.levels, setting.rescore)
+        index.opened.rank(vector[None], k, None, setting.levels, setting.rescore)
         seconds.append(time.perf_counter() - start)
         if sum(seconds) > TIMED_SECONDS:
             break
@@ -307,9 +308,9 @@ def _names(offsets: NDArray[np.int64], index: Index) -> list[list[str]]:
 
 
 def _described(setting: Setting, k: int, index: Index) -> dict[str, Any]:
-    first = index.views[setting.levels[0][0]] if setting.levels else index.documents
-    read = [index.views[table] for table, *_ in setting.levels] + ([index.documents] if setting.rescore else [])
-    step = index.steps(k, setting.levels, setting.rescore)[0]
+    first = index.opened.views[setting.levels[0][0]] if setting.levels else index.documents
+    read = [index.opened.views[table] for table, *_ in setting.levels] + ([index.documents] if setting.rescore else [])
+    step = index.opened.steps(k, setting.levels, setting.rescore)[0]
     return {
         "choice": setting.choice,
         "mode": setting.mode,
@@ -350,7 +351,7 @@ def _examples(
         ways += [("cascade", cascade.levels, True), ("exact", (), True)]
         kept = set(mine.rows[number].tolist())
         for level, (table, levels, rescore) in enumerate(ways):
-            hits, _ = index.rank(questions.vectors[number : number + 1], k + 1, None, levels, rescore)
+            hits, _ = index.opened.rank(questions.vectors[number : number + 1], k + 1, None, levels, rescore)
             for rank, (offset, row, score) in enumerate(_first(hits, own, k), 1):
                 rows.append(
                     {

@@ -11,12 +11,16 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline import store
+from pipeline import resident, store
 from pipeline.errors import DamageError
+from pipeline.resident import Held
 from pipeline.tables import TableInfo, vector_matrix
-from pipeline.vectors import Codec, Matrix, Scoring, top, unit
+from pipeline.vectors import Codec, Matrix, Scoring, code_dtype, top, unit
 
 SCAN_ROWS = 8_192
+READ_ROWS = 65_536
+ROUNDING = 1e-4
+"""Cosines by float32 products of 4,096 numbers differ from the exact ones by less than half of this."""
 TOGETHER = 32
 """Shortlists of several queries are scored as one product while their union is at most this many times one of them."""
 
@@ -30,6 +34,9 @@ class View:
     info: TableInfo
     codec: Codec
     ann: Mapping[str, Any] | None = None
+    is_dense: bool = False
+    """Whether every row's number is its position."""
+    note: str = ""
 
     @property
     def is_full(self) -> bool:
@@ -47,10 +54,35 @@ class View:
         return np.asarray(queries.astype(np.float64) @ unit(codes).astype(np.float64).T, dtype=np.float32)
 
     @property
+    def width(self) -> int:
+        """Numbers per stored vector; bytes of packed bits."""
+        return int(self.table.schema.field("vector").type.list_size)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Element type of stored vectors."""
+        return code_dtype(self.info.precision)
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one stored vector."""
-        kind = self.table.schema.field("vector").type
-        return int(kind.list_size * kind.value_type.bit_width // 8)
+        return self.width * self.dtype.itemsize
+
+    def codes(self) -> Matrix:
+        """All codes [n, width]."""
+        return self._column("vector", np.empty((self.table.count_rows(), self.width), self.dtype))
+
+    def rows(self) -> NDArray[np.int64]:
+        """All row numbers int64[n]."""
+        return self._column("row", np.empty(self.table.count_rows(), np.int64))
+
+    def _column(self, name: str, out: Matrix) -> Matrix:
+        start = 0
+        for batch in self.table.scanner(columns=[name], batch_size=READ_ROWS).to_batches():
+            column = batch.column(name)
+            out[start : start + len(column)] = column.to_numpy() if name == "row" else vector_matrix(column)
+            start += len(column)
+        return out
 
 
 @dataclass(frozen=True)
@@ -112,55 +144,111 @@ def _best(best: Hits, offsets: NDArray[np.int64], rows: NDArray[np.int64], score
     return Hits(pick(best.offsets, offsets), pick(best.rows, rows), np.take_along_axis(both, picked, 1))
 
 
+def allowed(view: View, where: str) -> NDArray[np.int64]:
+    """Ascending positions of the rows that pass a filter, int64."""
+    found = view.table.scanner(columns=["_rowoffset"], filter=where).to_table().column("_rowoffset")
+    return np.sort(found.to_numpy().astype(np.int64))
+
+
+def plan_misses(view: View) -> str:
+    """Why searches would not use the table's ANN index; empty where the plan has it."""
+    assert view.ann is not None
+    query = np.zeros(view.width, np.uint8) if view.codec.kind == "binary" else np.ones(view.width, np.float32)
+    plan = store.nearest(view.table, query, 1, view.ann["nprobes"], None).explain_plan(True)
+    return "" if "ANN" in plan else f"its {view.ann['kind']} index is gone or not used; scanned"
+
+
 def from_index(view: View, prefixes: Matrix, keep: int, where: str | None, step: Step) -> Hits:
-    """Ask the table's ANN index, one query at a time; its own distances order the shortlist."""
+    """Ask the table's ANN index, queries side by side; its own distances order the shortlist.
+
+    Rows that the index does not cover are scanned by Lance beside it, and the note says so.
+    """
     assert view.ann is not None
     step.engine, step.note = str(view.ann["kind"]), step.note or "rows are those returned"
-    queries = view.codec.encode(prefixes) if view.codec.kind == "binary" else prefixes
-    found = []
-    for query in queries:
-        scanner = store.nearest(view.table, query, keep, view.ann["nprobes"], where, ("row", "_rowoffset"))
-        table = scanner.to_table()
-        step.rows += table.num_rows
+    columns = ["_rowoffset"] if view.is_dense else ["row", "_rowoffset"]
+
+    def ask(query: Matrix) -> Hits:
+        assert view.ann is not None
+        table = store.nearest(view.table, query, keep, view.ann["nprobes"], where, columns).to_table()
+        offsets = table["_rowoffset"].to_numpy().astype(np.int64)
         distances = table["_distance"].to_numpy().astype(np.float32)
         scores = 1 - 2 * distances / view.info.dim if view.codec.kind == "binary" else 1 - distances
-        rows = table["row"].to_numpy()
-        order = np.lexsort((rows, -scores))
-        offsets = table["_rowoffset"].to_numpy().astype(np.int64)
-        found.append(Hits(offsets[order][None], rows[order][None], scores[order][None]))
+        rows = offsets if view.is_dense else table["row"].to_numpy()
+        order = np.lexsort((offsets, -scores))
+        return Hits(offsets[order][None], rows[order][None], scores[order][None])
+
+    queries = list(view.codec.encode(prefixes) if view.codec.kind == "binary" else prefixes)
+    found = [ask(queries[0])] if len(queries) == 1 else list(resident.threads().map(ask, queries))
+    step.rows += sum(hits.rows.size for hits in found)
     return joined(found)
 
 
-def rescored(view: View, prefixes: Matrix, hits: Hits, keep: int, step: Step) -> Hits:
+def rescored(view: View, prefixes: Matrix, hits: Hits, keep: int, step: Step, held: Held | None) -> Hits:
     """Score the hits with this table's codes and keep the best."""
-    return best_of(hits, scores_of(view, prefixes, hits, step), keep)
+    if not view.is_full:
+        return best_of(hits, scores_of(view, prefixes, hits, step, held), keep)
+    vectors, at = _read(view, hits, step, held)
+    found = hits.offsets >= 0
+    rough = np.full(hits.offsets.shape, -np.inf, np.float32)
+    if found.any():
+        rough[found] = resident.cosines(prefixes, vectors, np.where(found, at, 0))[found]
+    # only those that rounding in float32 could bring into the best are scored in float64
+    floor = top_score(rough, keep) - ROUNDING
+    contender = found & (rough >= floor[:, None])
+    scores = np.full(hits.offsets.shape, -np.inf, np.float32)
+    for query, mine in enumerate(contender):
+        scores[query, mine] = view.scores(prefixes[query][None], vectors[at[query, mine]], step.scoring)[0]
+    return best_of(hits, scores, keep)
 
 
-def scores_of(view: View, prefixes: Matrix, hits: Hits, step: Step) -> Matrix:
-    """Scores of the hits by this table's codes, float32 in the hits' shape, -inf for none; reads each row once.
+def top_score(scores: Matrix, k: int) -> Matrix:
+    """The k-th highest score of each row, -inf where there are fewer."""
+    if scores.shape[1] <= k:
+        return np.full(len(scores), -np.inf, np.float32)
+    return np.asarray(np.partition(scores, scores.shape[1] - k, axis=1)[:, scores.shape[1] - k])
+
+
+def scores_of(view: View, prefixes: Matrix, hits: Hits, step: Step, held: Held | None) -> Matrix:
+    """Scores of the hits by this table's codes, float32 in the hits' shape, -inf for none; reads each row once."""
+    codes, at = _read(view, hits, step, held)
+    found = hits.offsets >= 0
+    scores = np.full(hits.offsets.shape, -np.inf, np.float32)
+    if not found.any():
+        return scores
+    if held is None and len(codes) <= TOGETHER * hits.offsets.shape[1]:
+        everything = view.scores(prefixes, codes, step.scoring)
+        scores[found] = np.take_along_axis(everything, np.maximum(at, 0), 1)[found]
+    elif view.is_full:
+        for query, mine in enumerate(found):
+            scores[query, mine] = view.scores(prefixes[query][None], codes[at[query, mine]], step.scoring)[0]
+    else:
+        scores[found] = view.codec.scores_each(prefixes, codes[np.where(found, at, 0)], step.scoring)[found]
+    return scores
+
+
+def _read(view: View, hits: Hits, step: Step, held: Held | None) -> tuple[Matrix, NDArray[np.int64]]:
+    """Codes that hold those of the hits, and where each hit's are among them.
 
     DamageError where the table holds another row at a hit's position.
     """
-    step.engine = step.engine or "take"
-    wanted, where = np.unique(hits.offsets, return_inverse=True)
-    where = where.reshape(hits.offsets.shape)
-    none = int(len(wanted) > 0 and wanted[0] < 0)
-    scores = np.full(hits.offsets.shape, -np.inf, np.float32)
-    if len(wanted) == none:
-        return scores
-    taken = view.table.take(pa.array(wanted[none:]), columns=["row", "vector"])
-    codes, rows = vector_matrix(taken.column("vector")), taken.column("row").to_numpy()
-    step.rows, step.bytes = step.rows + len(codes), step.bytes + taken.column("vector").nbytes
-    found, at = hits.offsets >= 0, where - none
-    if not np.array_equal(rows[at[found]], hits.rows[found]):
+    found = hits.offsets >= 0
+    if held is not None:
+        step.engine = step.engine or "resident"
+        step.rows, step.bytes = step.rows + int(found.sum()), step.bytes + int(found.sum()) * view.row_bytes
+        rows, wanted = held.rows(hits.offsets[found]), hits.rows[found]
+        codes, at = held.codes, hits.offsets
+    else:
+        step.engine = step.engine or "take"
+        offsets, inverse = np.unique(hits.offsets[found], return_inverse=True)
+        taken = view.table.take(pa.array(offsets), columns=["row", "vector"])
+        codes = vector_matrix(taken.column("vector"))
+        step.rows, step.bytes = step.rows + len(codes), step.bytes + codes.nbytes
+        rows, wanted = taken.column("row").to_numpy()[inverse], hits.rows[found]
+        at = np.full(hits.offsets.shape, -1, np.int64)
+        at[found] = inverse
+    if not np.array_equal(rows, wanted):
         raise DamageError(f"{view.name} holds other rows than the tables before it; run `verify`, then the job again")
-    if len(codes) <= TOGETHER * hits.offsets.shape[1]:
-        everything = view.scores(prefixes, codes, step.scoring)
-        scores[found] = np.take_along_axis(everything, np.maximum(at, 0), 1)[found]
-        return scores
-    for query, mine in enumerate(found):
-        scores[query, mine] = view.scores(prefixes[query][None], codes[at[query, mine]], step.scoring)[0]
-    return scores
+    return codes, at
 
 
 def best_of(hits: Hits, scores: Matrix, keep: int) -> Hits:

@@ -40,9 +40,9 @@ def run(path: str, index: Index, k: int, seed: int, root: Root) -> pl.DataFrame:
     """
     texts = queries.read_queries(path, "--queries")["text"].to_list()
     vectors = queries.embedded(f"--queries: {path}", texts, index.documents.info, root, index.embed)
-    cascade = tuple(index.cascade(k))
-    found, _ = index.rank(vectors, k, None, cascade)
-    truth, _ = index.rank(vectors, k, None, [])
+    cascade = tuple(index.opened.cascade(k))
+    found, _ = index.opened.rank(vectors, k, None, cascade)
+    truth, _ = index.opened.rank(vectors, k, None, [])
     shares = recall_exact(found.rows, truth.rows)
     low, high = interval(shares, seed)
     seconds = timed(Setting("cascade", "cascade", cascade), vectors, k, index)

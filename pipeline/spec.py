@@ -19,6 +19,7 @@ from pipeline.sentences import explain, masked, nearest, secret
 from pipeline.vectors import Precision, bytes_per_row
 
 Auto = Literal["auto"]
+Engine = Literal["auto", "lance", "resident"]
 IndexKind = Literal["auto", "none", "ivf_flat", "ivf_sq", "ivf_rq", "hnsw_sq"]
 MAX_SPEC_BYTES = 2**20
 """Bytes of a spec."""
@@ -188,6 +189,11 @@ class Level(Section):
 class Search(Section):
     """How queries are answered."""
 
+    engine: Engine = Field(
+        "auto", description="lance: tables are read where they lie; resident: codes in memory; auto: chosen by size"
+    )
+    memory: int = Field(2_000_000_000, ge=0, description="bytes that codes held in memory may take")
+    cache: bool = Field(False, description="also write codes and full vectors as files that searches map into memory")
     cascade: tuple[Level, ...] | None = Field(
         None, description="coarse to fine; null: the smallest table, shortlist max(200, 20 k); [] is exact"
     )
