@@ -23,7 +23,7 @@ from pipeline.errors import DamageError, QueryError, SpecError
 from pipeline.levels import Hits, Step, View, allowed, from_index, joined, plan_misses, rescored, scanned, scores_of
 from pipeline.resident import Held
 from pipeline.spec import Engine, check_cascade
-from pipeline.storage import Root
+from pipeline.storage import Root, kept_name
 from pipeline.tables import DOCUMENTS, PARAMETERS, TableInfo, matrices, vector_matrix
 from pipeline.transform import Transform
 from pipeline.vectors import Matrix, Scoring, truncate, unit
@@ -51,10 +51,12 @@ class Opened:
         """
         search = generation["spec"]["search"]
         self.generation = generation
-        self.engine: Engine = engine or search.get("engine", "auto")
-        self.memory = search.get("memory", 0) if memory is None else memory
+        self.engine: Engine = engine or search["engine"]
+        self.memory = search["memory"] if memory is None else memory
         self._files = {
-            table: root / name for table, name in generation.get("cache", {}).items() if root.size(name) is not None
+            table: root / kept_name(digest)
+            for table, digest in generation["cache"].items()
+            if root.size(kept_name(digest))
         }
         pinned = {
             name: store.open_table(store.table_uri(root, name), entry["version"])

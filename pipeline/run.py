@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 import polars as pl
 
 from pipeline import (
+    cache,
     corpus,
     derive,
     drift,
@@ -225,6 +226,10 @@ class _Run:
         rows = scan.rows - sum(scan.reasons.values())
         done = len(embed.finished(self.root)) * corpus.shard_rows(scan.rows, spec.corpus)
         needed = rows * each + max(0, rows - done) * bytes_per_row(full_dim, spec.embed.vectors)
+        if spec.search.cache and (newest is None or not newest.get("cache")):
+            needed += rows * (
+                sum(one.bytes_per_row for one in spec.prefixes) + bytes_per_row(full_dim, spec.embed.vectors)
+            )
         free = self.root.disk.free(self.root.path)
         if needed > free:
             raise PipelineError(
@@ -264,6 +269,7 @@ class _Run:
             if entry["rows"] != full.rows and name != PARAMETERS:
                 raise DamageError(f"{name} has {entry['rows']} rows where documents has {full.rows}; delete the root")
             entry["bytes"] = sum(file["file_size_bytes"] for one in fragments[name] for file in one["files"])
+        cached = {name: (entry["version"], entry["digest"]) for name, entry in tables.items() if name != PARAMETERS}
         self.data_files = {DOCUMENTS: full.files, PARAMETERS: fits.record["files"]}
         self.data_files |= {table.name: table.files for table in derived}
         facts = full.facts
@@ -286,6 +292,7 @@ class _Run:
             "embed": counters,
             "transform": dict(fits.decision),
             "tables": tables,
+            "cache": cache.run(cached, self.root) if self.spec.search.cache else {},
             "files": {QUARANTINE: full.quarantine, **exported},
             "copies": [QUARANTINE, *MEASURED],
         }  # fmt: skip

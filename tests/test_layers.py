@@ -15,7 +15,7 @@ LEVELS = [
     {"sources", "encoders", "workers", "repair"},
     {"rows", "queries", "drift"},
     {"embedder", "levels"},
-    {"corpus", "embed", "export", "fit", "derive", "index", "cascade"},
+    {"corpus", "embed", "export", "fit", "derive", "index", "cascade", "cache"},
     {"search"},
     {"evaluate", "sample"},
     {"querylog", "figures"},
