@@ -5,6 +5,7 @@ left with their own codes, full-dimension cosine comes last. Codes are read from
 the answer is the same.
 """
 
+import copy
 import threading
 import time
 from collections import OrderedDict
@@ -20,9 +21,22 @@ from numpy.typing import NDArray
 
 from pipeline import filters, resident, store
 from pipeline.errors import DamageError, QueryError, SpecError
-from pipeline.levels import Hits, Step, View, allowed, from_index, joined, plan_misses, rescored, scanned, scores_of
+from pipeline.levels import (
+    Hits,
+    Step,
+    View,
+    allowed,
+    from_index,
+    joined,
+    plan_misses,
+    rescored,
+    scanned,
+    scores_of,
+    stopped,
+)
+from pipeline.margin import WIDEST, Line, Stopping
 from pipeline.resident import Held
-from pipeline.spec import Engine, check_cascade
+from pipeline.spec import Engine, Stop, check_cascade
 from pipeline.storage import Root, kept_name
 from pipeline.tables import DOCUMENTS, PARAMETERS, TableInfo, matrices, vector_matrix
 from pipeline.transform import Transform
@@ -53,6 +67,9 @@ class Opened:
         self.generation = generation
         self.engine: Engine = engine or search["engine"]
         self.memory = search["memory"] if memory is None else memory
+        self.stop: Stop = search.get("stop", "fixed")
+        self.confidence: float = search.get("confidence", 0.95)
+        self._stopping = {name: Stopping.of(learned) for name, learned in generation.get("stopping", {}).items()}
         self._files = {
             table: root / kept_name(digest)
             for table, digest in generation["cache"].items()
@@ -81,6 +98,12 @@ class Opened:
         view = View(name, table, info, codec, ann, self.generation["corpus"]["quarantined"] == 0)
         why = "" if ann is None else plan_misses(view)
         return replace(view, ann=None, note=why) if why else view
+
+    def knowing(self, stopping: Mapping[str, Stopping]) -> "Opened":
+        """The same, with what an evaluation has just learned of when to stop."""
+        other = copy.copy(self)
+        other._stopping = dict(stopping)
+        return other
 
     @property
     def row_count(self) -> int:
@@ -128,16 +151,38 @@ class Opened:
         return levels
 
     def rank(
-        self, vectors: Matrix, k: int, clause: str | None, levels: Sequence[Level], rescore: bool = True
+        self,
+        vectors: Matrix,
+        k: int,
+        clause: str | None,
+        levels: Sequence[Level],
+        rescore: bool = True,
+        stop: Stop = "fixed",
     ) -> tuple[Hits, list[Step]]:
         """Rankings of unit float32 queries [n, full_dim], without ids and texts; what each level did.
 
-        `rescore=False` stops after the last level: scores are then those of its codes.
+        `rescore=False` stops after the last level: scores are then those of its codes. `stop` says how many of the
+        candidates of the last level meet the full vectors (spec: `search.stop`).
         """
         blocks, steps = [], self.steps(k, levels, rescore)
+        rule = self._rule(steps, k, stop)
         for start in range(0, len(vectors), QUERIES_AT_ONCE):
-            blocks.append(self._rank(vectors[start : start + QUERIES_AT_ONCE], k, clause, steps))
+            blocks.append(self._rank(vectors[start : start + QUERIES_AT_ONCE], k, clause, steps, rule))
         return joined(blocks), steps
+
+    def _rule(self, steps: Sequence[Step], k: int, stop: Stop) -> tuple[Line, float] | None:
+        """What tells when to stop rescoring; widens the list that the last level hands on. None: nothing does."""
+        if stop == "fixed" or len(steps) < 2 or steps[-1].table != DOCUMENTS:
+            return None
+        last = steps[-2]
+        learned = self._stopping.get(last.name)
+        if learned is None:
+            steps[-1].note = f"the shortlist is fixed: nothing was learned of {last.name}"
+            return None
+        widest = min(last.shortlist * WIDEST, learned.width)
+        for step in steps[:-1]:
+            step.shortlist = max(step.shortlist, widest)
+        return learned.line, learned.threshold(self.confidence)
 
     def steps(self, k: int, cascade: Sequence[Level], rescore: bool) -> list[Step]:
         """The levels as they will be run: shortlists of at least k, how codes are scored, full vectors last."""
@@ -154,11 +199,16 @@ class Opened:
             steps.append(Step(DOCUMENTS, "", k))
         return steps
 
-    def _rank(self, queries: Matrix, k: int, where: str | None, steps: list[Step]) -> Hits:
+    def _rank(
+        self, queries: Matrix, k: int, where: str | None, steps: list[Step], rule: tuple[Line, float] | None
+    ) -> Hits:
         hits: Hits | None = None
         for number, step in enumerate(steps):
             start = time.perf_counter()
-            hits = self.level(step, queries, hits, k if number == len(steps) - 1 else step.shortlist, where)
+            if rule is not None and hits is not None and step.table == DOCUMENTS:
+                hits = stopped(self.documents, queries, hits, k, step, self._codes(self.documents), rule)
+            else:
+                hits = self.level(step, queries, hits, k if number == len(steps) - 1 else step.shortlist, where)
             step.milliseconds += (time.perf_counter() - start) * 1000
         assert hits is not None
         return hits

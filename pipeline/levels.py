@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline import resident, store
 from pipeline.errors import DamageError
+from pipeline.margin import Line, Seen, marks
 from pipeline.resident import Held
 from pipeline.tables import TableInfo, vector_matrix
 from pipeline.vectors import Codec, Matrix, Scoring, code_dtype, top, unit
@@ -110,8 +111,15 @@ class Step:
     scoring: Scoring = "dot"
     rows: int = 0
     bytes: int = 0
+    candidates: int = 0
+    """Rows that were rescored, over all queries."""
     milliseconds: float = 0.0
     note: str = ""
+
+    @property
+    def name(self) -> str:
+        """The table and how its codes are scored."""
+        return f"{self.table} {self.scoring}"
 
 
 def scanned(view: View, prefixes: Matrix, keep: int, where: str | None, step: Step) -> Hits:
@@ -189,9 +197,8 @@ def rescored(view: View, prefixes: Matrix, hits: Hits, keep: int, step: Step, he
         return best_of(hits, scores_of(view, prefixes, hits, step, held), keep)
     vectors, at = _read(view, hits, step, held)
     found = hits.offsets >= 0
-    rough = np.full(hits.offsets.shape, -np.inf, np.float32)
-    if found.any():
-        rough[found] = resident.cosines(prefixes, vectors, np.where(found, at, 0))[found]
+    step.candidates += int(found.sum())
+    rough = _cosines(prefixes, vectors, at, found)
     # only those that rounding in float32 could bring into the best are scored in float64
     floor = top_score(rough, keep) - ROUNDING
     contender = found & (rough >= floor[:, None])
@@ -199,6 +206,45 @@ def rescored(view: View, prefixes: Matrix, hits: Hits, keep: int, step: Step, he
     for query, mine in enumerate(contender):
         scores[query, mine] = view.scores(prefixes[query][None], vectors[at[query, mine]], step.scoring)[0]
     return best_of(hits, scores, keep)
+
+
+def _cosines(prefixes: Matrix, vectors: Matrix, at: NDArray[np.int64], found: NDArray[np.bool_]) -> Matrix:
+    rough = np.full(at.shape, -np.inf, np.float32)
+    if found.any():
+        rough[found] = resident.cosines(prefixes, vectors, np.where(found, at, 0))[found]
+    return rough
+
+
+def _rough(view: View, prefixes: Matrix, hits: Hits, step: Step, held: Held | None) -> Matrix:
+    vectors, at = _read(view, hits, step, held)
+    return _cosines(prefixes, vectors, at, hits.offsets >= 0)
+
+
+def stopped(
+    view: View, prefixes: Matrix, hits: Hits, keep: int, step: Step, held: Held | None, rule: tuple[Line, float]
+) -> Hits:
+    """The same, candidates in order until the margin over those left passes the rule's threshold."""
+    line, threshold = rule
+    queries, width = hits.offsets.shape
+    rough = np.full((queries, width), -np.inf, np.float32)
+    seen, going, start = Seen.nothing(line, queries, keep), np.ones(queries, bool), 0
+    for mark in marks(width, keep):
+        part = Hits(*(column[going, start:mark] for column in vars(hits).values()))
+        rough[going, start:mark] = _rough(view, prefixes[going], part, step, held)
+        seen.add(going, part.scores, rough[going, start:mark])
+        if mark == width:
+            break
+        going = going & (seen.margin(hits.scores[:, mark]) <= threshold)
+        start = mark
+        if not going.any():
+            break
+    step.candidates += int(np.isfinite(rough).sum())
+    contenders = rough >= (top_score(rough, keep) - ROUNDING)[:, None]
+    picked = top(rough, max(int((contenders & np.isfinite(rough)).sum(axis=1).max(initial=0)), 1))
+    left = Hits(*(np.take_along_axis(column, picked, 1) for column in vars(hits).values()))
+    scored = np.isfinite(np.take_along_axis(rough, picked, 1))
+    left = Hits(np.where(scored, left.offsets, -1), np.where(scored, left.rows, -1), left.scores)
+    return best_of(left, scores_of(view, prefixes, left, step, held), keep)
 
 
 def top_score(scores: Matrix, k: int) -> Matrix:

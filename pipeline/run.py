@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -307,8 +308,10 @@ class _Run:
                 opened = Index(self.root, candidate)
                 measured = evaluate.run(self.spec.evaluate, opened, self.spec.seed, self.root)
                 candidate["files"] |= self._keep(measured, newest)
+                candidate["stopping"] = {name: asdict(learned) for name, learned in measured.stopping.items()}
             else:
                 candidate["files"] |= {name: newest["files"][name] for name in MEASURED}
+                candidate["stopping"] = newest.get("stopping", {})
                 kept = self.root.kept(newest["files"]["evaluation.parquet"])
                 evaluate.check_floor(self.spec.evaluate, pl.read_parquet(kept))
         candidate["evaluation_key"] = key
@@ -352,7 +355,8 @@ class _Run:
         settings = self.spec.evaluate
         files = [storage.sha256(Path(name)) for name in (settings.queries, settings.qrels) if name]
         tables = {name: (entry["version"], entry["digest"]) for name, entry in candidate["tables"].items()}
-        search = self.spec.search.model_dump(mode="json")["cascade"]
+        chosen = self.spec.search.model_dump(mode="json")
+        search = [chosen[name] for name in ("cascade", "stop", "confidence")]
         basis = [tables, search, settings.k, list(settings.shortlists), files, self.spec.seed, FORMAT]
         return hashlib.sha256(storage.to_json(basis)).hexdigest()
 

@@ -7,7 +7,7 @@ way end with the one that they began with.
 import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import polars as pl
@@ -17,7 +17,7 @@ from pipeline.cascade import Cascade, Opened
 from pipeline.encoders.queries import QueryEncoder
 from pipeline.errors import QueryError, StaleError
 from pipeline.levels import Hits, Step, View
-from pipeline.spec import Engine
+from pipeline.spec import Engine, Stop
 from pipeline.storage import Root
 from pipeline.vectors import MIN_NORM, Matrix, unit
 
@@ -87,17 +87,19 @@ class Index:
         where: str | None = None,
         cascade: Cascade | None = None,
         columns: Sequence[str] | None = None,
+        stop: Stop | None = None,
     ) -> pl.DataFrame:
         """The k nearest rows of each query: rank (from 1), id, score, row, text, carried columns.
 
         A text gives one table; a list or a float array [n, full_dim] gives `query` (0, 1, …) first. `cascade`
         overrides the spec's: a list of (table, shortlist) or (table, shortlist, scoring); [] is exact. `columns` names
-        what is read beside rank, id, score and row (null: everything). `score` is the float32 cosine with the full
+        what is read beside rank, id, score and row (null: everything). `stop` (fixed, margin, predictor) overrides the
+        spec's. `score` is the float32 cosine with the full
         vector. QueryError (a ValueError) for a bad query, filter, k, cascade or column.
         """
         opened = self.opened
         vectors, single = self._vectors(queries)
-        hits, _ = _rank(opened, vectors, k, where, cascade)
+        hits, _ = _rank(opened, vectors, k, where, cascade, stop=stop)
         return _frame(opened, hits, single, columns)
 
     async def search_async(
@@ -107,9 +109,10 @@ class Index:
         where: str | None = None,
         cascade: Cascade | None = None,
         columns: Sequence[str] | None = None,
+        stop: Stop | None = None,
     ) -> pl.DataFrame:
         """`search` in a thread, for asyncio."""
-        return await asyncio.to_thread(self.search, queries, k, where, cascade, columns)
+        return await asyncio.to_thread(self.search, queries, k, where, cascade, columns, stop)
 
     def exact(self, queries: str | Sequence[str] | Matrix, k: int = 10, where: str | None = None) -> pl.DataFrame:
         """The same over the full vectors of every row."""
@@ -124,21 +127,32 @@ class Index:
         return _frame(opened, Hits(*(part[:, others][:, :k] for part in vars(hits).values())), True, None)
 
     def explain(
-        self, query: str | Matrix, k: int = 10, where: str | None = None, cascade: Cascade | None = None
+        self,
+        query: str | Matrix,
+        k: int = 10,
+        where: str | None = None,
+        cascade: Cascade | None = None,
+        stop: Stop | None = None,
     ) -> list[dict[str, Any]]:
         """Run one search and tell what each level did: table, engine, rows and bytes read, shortlist, milliseconds."""
         vectors, _ = self._vectors(query)
-        _, steps = _rank(self.opened, vectors, k, where, cascade)
+        _, steps = _rank(self.opened, vectors, k, where, cascade, stop=stop)
         return [vars(step) for step in steps]
 
     def rank(
-        self, vectors: Matrix, k: int, where: str | None = None, cascade: Cascade | None = None, rescore: bool = True
+        self,
+        vectors: Matrix,
+        k: int,
+        where: str | None = None,
+        cascade: Cascade | None = None,
+        rescore: bool = True,
+        stop: Stop | None = None,
     ) -> tuple[Hits, list[Step]]:
         """Positions, row numbers and scores [n, k] for unit float32 queries [n, full_dim]; what each level did.
 
         No ids and texts are read. `rescore=False` stops before the full vectors: scores are the last level's.
         """
-        return _rank(self.opened, vectors, k, where, cascade, rescore)
+        return _rank(self.opened, vectors, k, where, cascade, rescore, stop)
 
     def _vectors(self, queries: str | Sequence[str] | Matrix) -> tuple[Matrix, bool]:
         """Unit float32 rows, and whether the caller asked with one bare query."""
@@ -167,14 +181,22 @@ class Index:
 
 
 def _rank(
-    opened: Opened, vectors: Matrix, k: int, where: str | None, cascade: Cascade | None, rescore: bool = True
+    opened: Opened,
+    vectors: Matrix,
+    k: int,
+    where: str | None,
+    cascade: Cascade | None,
+    rescore: bool = True,
+    stop: Stop | None = None,
 ) -> tuple[Hits, list[Step]]:
     if isinstance(k, bool) or not isinstance(k, int | np.integer):
         raise QueryError(f"k must be a whole number, not {k!r}")
     if k < 1:
         raise QueryError(f"k must be at least 1, not {k}")
     levels = opened.cascade(k) if cascade is None else opened.levels(cascade)
-    return opened.rank(vectors, k, opened.clause(where), levels, rescore)
+    if stop not in (None, *get_args(Stop)):
+        raise QueryError(f"stop is {', '.join(get_args(Stop))}, not {stop!r}")
+    return opened.rank(vectors, k, opened.clause(where), levels, rescore, stop or opened.stop)
 
 
 def _frame(opened: Opened, hits: Hits, single: bool, columns: Sequence[str] | None) -> pl.DataFrame:
