@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ FIELDS = {
     "medians_ms", "queries", "build_seconds", "build_peak_bytes", "disk_bytes", "open_seconds", "imports_bytes",
     "opened_bytes", "serving_bytes", "mapped_bytes", "peak_bytes",
 }  # fmt: skip
-NAMES = ("exact", "lancedb-flat", "lancedb-ivfrq", "faiss-hnsw-prefix", "faiss-binary", "faiss-hamming", "usearch",
+NAMES = ("exact", "lancedb-flat", "lancedb-ivfrq", "faiss-hnsw-prefix", "faiss-binary", "faiss-hamming", "usearch-",
          "ours-lance-binary-64", "ours-resident-binary-64", "ours-lance-int8")  # fmt: skip
 FLOORS = {"exact-blas": 1.0, "lancedb-flat": 1.0, "lancedb-ivfrq": 0.7, "faiss-hnsw-prefix": 0.95, "usearch-i8": 0.9,
           "usearch-i8-rescored": 0.95, "ours-lance-int8": 0.99}  # fmt: skip
@@ -81,6 +82,27 @@ def test_each_step_has_a_process_of_its_own(tmp_path, capsys):
 def test_a_contender_that_nobody_knows_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="no contender begins with 'fais-'"):
         main(["--contenders", "fais-", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("names", "slow", "want"),
+    [
+        (["faiss-hnsw"], False, {"faiss-hnsw-prefix"}),
+        (["faiss-hnsw"], True, {"faiss-hnsw-prefix", "faiss-hnsw-prefix-200"}),
+        (["usearch-i8"], False, {"usearch-i8"}),
+        (["lancedb-hnsw-full", "exact"], False, {"exact-blas", "lancedb-hnsw-full"}),
+    ],
+)
+def test_contenders_are_named_or_begun(monkeypatch, names, slow, want):
+    monkeypatch.setattr("tests.bench.measure.Contender.missing", lambda one: "")
+    assert {one.name for one in roster.chosen(names, slow)[0]} == want
+
+
+def test_a_package_that_is_not_there_leaves_its_contenders_out():
+    flat = roster.everyone()["lancedb-flat"]
+    assert flat.missing() == ""
+    assert replace(flat, packages=("numpy", "no_such_package")).missing() == "no_such_package is not installed"
+    assert replace(flat, needs=lambda: "too old").missing() == "too old"
 
 
 def test_a_folder_of_vectors_is_taken_as_it_is(tmp_path):

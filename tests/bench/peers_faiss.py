@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from pipeline.index import partitions
-from pipeline.vectors import Matrix
+from pipeline.vectors import Matrix, unit
 from tests.bench.measure import Contender, Search, Setting
 from tests.bench.sets import K, Rescorer, Set
 
-TRAIN_ROWS = 200_000
+TRAIN_ROWS, TRAIN_EACH = 50_000, 100
+"""Sample that centroids are trained on: at least so many rows, and so many for each partition."""
 FILE = "index.faiss"
 ADD_ROWS = 50_000
 
@@ -73,9 +74,7 @@ def _factory(of: Set) -> str:
 
 
 def _sample(of: Set, cut: Callable[[Matrix], Matrix]) -> Matrix:
-    from pipeline.vectors import unit
-
-    count = min(TRAIN_ROWS, of.rows)
+    count = min(of.rows, max(TRAIN_ROWS, TRAIN_EACH * partitions(of.rows)))
     return cut(unit(of.corpus[np.sort(np.random.default_rng(0).choice(of.rows, count, replace=False))]))
 
 

@@ -13,18 +13,18 @@ def everyone() -> dict[str, Contender]:
 
 
 def chosen(names: Sequence[str], slow: bool) -> tuple[list[Contender], dict[str, str]]:
-    """Contenders whose name begins with one of `names` (none: all but the slow ones); why others cannot run here.
+    """Contenders that `names` name or are the beginning of (none: all); why some of them cannot run here.
 
-    SystemExit where a name fits nobody.
+    Slow ones only where that is asked, or where they are named in full. SystemExit where a name fits nobody.
     """
     known = everyone()
+    taken = [one for one in known.values() if one.name in names or (not names and (slow or not one.slow))]
     for name in names:
-        if not any(other.startswith(name) for other in known):
+        fitting = [one for one in known.values() if one.name.startswith(name) and (slow or not one.slow)]
+        if not fitting and name not in known:
             raise SystemExit(f"no contender begins with {name!r}; there are: {', '.join(known)}")
-    taken = [
-        one
-        for one in known.values()
-        if (any(one.name.startswith(name) for name in names) if names else slow or not one.slow)
-    ]
+        if name not in known:
+            taken += [one for one in fitting if one not in taken]
+    taken.sort(key=list(known.values()).index)
     missing = {one.name: one.missing() for one in taken}
     return [one for one in taken if not missing[one.name]], {name: why for name, why in missing.items() if why}
