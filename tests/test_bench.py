@@ -152,7 +152,8 @@ def test_rescoring_orders_a_shortlist_by_cosine(tmp_path):
 def test_a_root_of_vectors_opens_like_any_other(tmp_path):
     rows = np.random.default_rng(0).standard_normal((200, 16))
     rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
-    seconds = build(rows, tmp_path / "root", [{"dim": 8, "precision": "int8"}])
+    np.save(tmp_path / "corpus.npy", rows)
+    seconds = build(tmp_path / "corpus.npy", tmp_path / "root", [{"dim": 8, "precision": "int8"}])
     assert list(seconds) == ["documents", "fit", "derive", "index", "publish"]
     index = open_index(tmp_path / "root")
     found = index.search(rows[[7, 150]].astype(np.float32), k=1, cascade=[("prefix_8_int8", 50)])

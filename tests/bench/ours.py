@@ -44,7 +44,7 @@ def _make(of: Set, folder: Path) -> dict[str, float]:
         {"dim": of.short, "precision": "int8"},
         {"dim": of.short, "precision": "float16", "index": {"kind": "ivf_rq"}},
     ]
-    return root.build(of.corpus, folder / "root", [*binary, *numbers])
+    return root.build(Path(of.folder, "corpus.npy"), folder / "root", [*binary, *numbers])
 
 
 def _settings(table: str, of: Set) -> list[Setting]:

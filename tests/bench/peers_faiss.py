@@ -39,7 +39,12 @@ def _full_settings(of: Set) -> list[Setting]:
     count = partitions(of.rows)
     probes = sorted({min(probe, count) for probe in ((4, 32) if of.quick else (8, 16, 32, 64, 128, 256))})
     factors = (10,) if of.quick else (5, 20, 50)
-    return [{"factory": _factory(of), "nprobe": probe, "k_factor": factor} for probe in probes for factor in factors]
+    return [
+        {"factory": _factory(of), "nprobe": probe, "k_factor": factor, "threads": threads}
+        for threads in sorted({1, of.threads})
+        for probe in probes
+        for factor in factors
+    ]
 
 
 def _hnsw_settings(of: Set) -> list[Setting]:
@@ -134,6 +139,7 @@ def _start_full(of: Set, folder: Path) -> Search:
     space = faiss.ParameterSpace()
 
     def search(queries: Matrix, setting: Setting) -> Matrix:
+        faiss.omp_set_num_threads(setting["threads"] if len(queries) == 1 else of.threads)
         space.set_index_parameter(index, "nprobe", setting["nprobe"])
         index.k_factor = setting["k_factor"]
         return index.search(queries, K)[1]
@@ -141,10 +147,18 @@ def _start_full(of: Set, folder: Path) -> Search:
     return search
 
 
+def _threads(of: Set, queries: Matrix) -> None:
+    """One for a single query, which these indexes do not divide: a second one only waits at each barrier."""
+    import faiss
+
+    faiss.omp_set_num_threads(1 if len(queries) == 1 else of.threads)
+
+
 def _start_prefix(of: Set, folder: Path) -> Search:
     index, rescore, cut = _opened(of, folder), Rescorer(of), of.cutter(of.short)
 
     def search(queries: Matrix, setting: Setting) -> Matrix:
+        _threads(of, queries)
         if "nprobe" in setting:
             index.nprobe = setting["nprobe"]
         else:
@@ -157,10 +171,10 @@ def _start_prefix(of: Set, folder: Path) -> Search:
 def _start_binary(of: Set, folder: Path) -> Search:
     import faiss
 
-    faiss.omp_set_num_threads(of.threads)
     rescore, opened = Rescorer(of), {}
 
     def search(queries: Matrix, setting: Setting) -> Matrix:
+        _threads(of, queries)
         bits = setting["bits"]
         if bits not in opened:
             index = faiss.IndexBinaryFlat(bits)
@@ -177,11 +191,11 @@ def _start_kernel(of: Set, folder: Path) -> Search:
     """The scan alone, without rescoring: what a coarse level may be compared with."""
     import faiss
 
-    faiss.omp_set_num_threads(of.threads)
     codes = {bits: np.load(folder / f"{bits}.npy") for bits in of.bits}
     cuts = {bits: of.cutter(bits) for bits in of.bits}
 
     def search(queries: Matrix, setting: Setting) -> Matrix:
+        _threads(of, queries)
         bits = setting["bits"]
         packed = np.packbits(cuts[bits](queries) > 0, axis=1)
         return faiss.knn_hamming(packed, codes[bits], setting["shortlist"])[1]

@@ -1,9 +1,11 @@
 """What is told of a run: one JSON value, a table of the whole sweep, and a plot of recall against time."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -234,3 +236,15 @@ def pareto(told: Results) -> str:
     title = f"{of['rows']:,} x {of['dim']} ({of['source']}), {of['threads']} threads of {cpu}; dashed: the Pareto front"
     chart = alt.layer(*layers).properties(width=860, height=460, title=title)
     return str(vl_convert.vegalite_to_svg(chart.to_json()))
+
+
+def main() -> None:
+    """Tell a finished run again: `python -m tests.bench.report results.json`."""
+    path = Path(sys.argv[1])
+    told = json.loads(path.read_text())
+    path.with_name("pareto.svg").write_text(pareto(told))
+    print(text(told))
+
+
+if __name__ == "__main__":
+    main()

@@ -31,8 +31,10 @@ PART_ROWS = 65_536
 """Rows of one logical digest, which holds its rows several times over in memory."""
 
 
-def build(corpus: Matrix, path: Path, prefixes: Sequence[dict[str, Any]], dims: Sequence[int] | None = None) -> Any:
-    """Build and publish a root from unit float16 rows [n, D] (a memory map will do); seconds of each step.
+def build(
+    corpus: Path, path: Path, prefixes: Sequence[dict[str, Any]], dims: Sequence[int] | None = None
+) -> dict[str, float]:
+    """Build and publish a root from an .npy file of unit rows [n, D], float16 or float32; seconds of each step.
 
     `prefixes` are those of a job spec; `dims` are the dims that the model was trained for, where it says so.
     """
@@ -70,17 +72,18 @@ def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
     seconds[step] = round(time.perf_counter() - start, 3)
 
 
-def _documents(corpus: Matrix, spec: JobSpec, root: Root) -> embed.Full:
+def _documents(corpus: Path, spec: JobSpec, root: Root) -> embed.Full:
     """Write and commit `documents`, a fragment at a time."""
+    rows, full_dim = np.load(corpus, mmap_mode="r").shape
     facts = Facts(
-        name="vectors", revision=None, digest="sha256:none", full_dim=corpus.shape[1], backend="none",
+        name="vectors", revision=None, digest="sha256:none", full_dim=full_dim, backend="none",
         precision="float32", max_tokens=None, batch_tokens=0, prompts={"document": "", "query": ""}, probe={},
     )  # fmt: skip
     info = documents_info(facts, spec)
     schema = info.to_schema(documents_columns(spec, {}, facts))
     fragments, files, parts = [], {}, []
-    for start in range(0, len(corpus), FRAGMENT_ROWS):
-        block = corpus[start : start + FRAGMENT_ROWS]
+    for start in range(0, rows, FRAGMENT_ROWS):
+        block = np.load(corpus, mmap_mode="r")[start : start + FRAGMENT_ROWS]  # mapped anew: old pages are let go
         table = _rows(start, np.ascontiguousarray(block, np.float16), schema)
         written = store.write_fragments(root, DOCUMENTS, table, schema, f"embed/{start // FRAGMENT_ROWS:07d}")
         fragments += written.fragments
@@ -92,7 +95,7 @@ def _documents(corpus: Matrix, spec: JobSpec, root: Root) -> embed.Full:
     return embed.Full(
         version=store.commit(root, DOCUMENTS, schema, fragments),
         digest=combined_digest([digest for _, digest in parts]),
-        rows=len(corpus),
+        rows=rows,
         facts=facts,
         info=info,
         parts=parts,
@@ -136,7 +139,7 @@ def main() -> None:
     for one in asked.prefixes:
         dim, precision, *kind = one.split(":")
         prefixes.append({"dim": int(dim), "precision": precision} | ({"index": {"kind": kind[0]}} if kind else {}))
-    print(json.dumps(build(np.load(asked.corpus, mmap_mode="r"), asked.root, prefixes)))
+    print(json.dumps(build(asked.corpus, asked.root, prefixes)))
 
 
 if __name__ == "__main__":
