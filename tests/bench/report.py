@@ -221,7 +221,10 @@ def pareto(told: Results) -> str:
     quality = alt.Scale(type="pow", exponent=STRETCH, domain=[min(lowest, 0.9), 1.0], nice=False, padding=8)
     x = alt.X("median_ms:Q", title="median milliseconds of a single query", scale=speed)
     y = alt.Y(
-        "recall:Q", title=f"recall@{told['set']['k']} of exact search", axis=alt.Axis(values=ticks), scale=quality
+        "recall:Q",
+        title=f"recall@{told['set']['k']} of exact search",
+        axis=alt.Axis(values=ticks, format=".2f"),
+        scale=quality,
     )
     color = alt.Color("group:N", title=None, scale=alt.Scale(domain=groups, range=[COLORS[group] for group in groups]))
     shape = alt.Shape("group:N", title=None, scale=alt.Scale(domain=groups))
