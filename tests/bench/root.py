@@ -32,7 +32,11 @@ PART_ROWS = 65_536
 
 
 def build(
-    corpus: Path, path: Path, prefixes: Sequence[dict[str, Any]], dims: Sequence[int] | None = None
+    corpus: Path,
+    path: Path,
+    prefixes: Sequence[dict[str, Any]],
+    dims: Sequence[int] | None = None,
+    cache: bool = False,
 ) -> dict[str, float]:
     """Build and publish a root from an .npy file of unit rows [n, D], float16 or float32; seconds of each step.
 
@@ -45,6 +49,7 @@ def build(
             "corpus": {"source": "corpus.npy", "text": "text", "keep_text": False},
             "model": {"name": "vectors"},
             "prefixes": list(prefixes),
+            "search": {"cache": cache},
             "workers": {"count": 0},
         }
     )
