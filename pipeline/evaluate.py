@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from pipeline import queries as files
 from pipeline.errors import FloorError
 from pipeline.levels import Hits, View, best_of, joined, ranked_columns
 from pipeline.metrics import METRICS, interval, judged, recall_exact, without_own
-from pipeline.search import QUERIES_AT_ONCE, Index, Level
+from pipeline.search import QUERIES_AT_ONCE, Index, Level, shown
 from pipeline.spec import Evaluate
 from pipeline.storage import Root
 from pipeline.tables import DOCUMENTS, vector_matrix
@@ -169,12 +170,12 @@ def _sweep(index: Index, settings: Evaluate) -> list[Setting]:
     finest = _finest(index)
     sweep = []
     for view in index.views.values():
-        for scoring in _scorings(view):
-            sweep.append(Setting(view.name, "alone", ((view.name, k, scoring),), rescore=False))
-            sweep += [Setting(view.name, "rescored", ((view.name, length, scoring),)) for length in lengths]
-            if view is not finest:
+        for how in () if view.is_full else view.hows:
+            sweep.append(Setting(view.name, "alone", ((view.name, k, how),), rescore=False))
+            sweep += [Setting(view.name, "rescored", ((view.name, length, how),)) for length in lengths]
+            if view is not finest or view.at(how).info.dim < view.info.dim:
                 sweep += [
-                    Setting(view.name, "cascade", ((view.name, n, scoring), (finest.name, max(k, n // 4), "auto")))
+                    Setting(view.name, "cascade", ((view.name, n, how), (finest.name, max(k, n // 4), "auto")))
                     for n in lengths
                 ]
     return [*sweep, Setting("cascade", "cascade", tuple(index.cascade(k))), Setting("exact", "exact", ())]
@@ -187,25 +188,19 @@ def _finest(index: Index) -> View:
     )
 
 
-def _scorings(view: View) -> list[str]:
-    if view.is_full:
-        return []
-    return ["asymmetric", "hamming"] if view.codec.kind == "binary" else ["auto"]
-
-
 def _rankings(sweep: Sequence[Setting], questions: Questions, k: int, index: Index) -> dict[Setting, Ranking]:
     """Each table is scanned once for all its shortlists: a shorter one is the beginning of a longer one."""
     asked = k if questions.own_rows is None else k + 1  # room for the query's own row
     blocks: dict[Setting, list[Hits]] = {setting: [] for setting in sweep}
     for start in range(0, len(questions.vectors), QUERIES_AT_ONCE):
         vectors = questions.vectors[start : start + QUERIES_AT_ONCE]
-        coarse: dict[tuple[str, str], _Coarse] = {}
+        coarse: dict[tuple[str, str | int], _Coarse] = {}
         for setting in sweep:
             if setting.choice in index.views:
-                table, _, scoring = setting.levels[0]
-                if (table, scoring) not in coarse:
-                    coarse = {(table, scoring): _Coarse(index, vectors, table, scoring, _longest(sweep, asked))}
-                hits = coarse[table, scoring].ranked(setting, asked)
+                table, _, how = setting.levels[0]
+                if (table, how) not in coarse:
+                    coarse = {(table, how): _Coarse(index, vectors, table, how, _longest(sweep, asked))}
+                hits = coarse[table, how].ranked(setting, asked)
             else:
                 hits, _ = index.rank(vectors, asked, None, setting.levels, setting.rescore)
             blocks[setting].append(hits)
@@ -225,9 +220,9 @@ def _longest(sweep: Sequence[Setting], asked: int) -> int:
 class _Coarse:
     """One table's longest shortlist for a block of queries, and the scores that finer passes give to it."""
 
-    def __init__(self, index: Index, vectors: Matrix, table: str, scoring: str, keep: int) -> None:
+    def __init__(self, index: Index, vectors: Matrix, table: str, how: str | int, keep: int) -> None:
         self._index, self._vectors = index, vectors
-        step = index.steps(keep, [(table, keep, scoring)], rescore=False)[0]
+        step = index.steps(keep, [(table, keep, how)], rescore=False)[0]
         self._hits = index.level(step, vectors, None, keep, None)
         self._scores: dict[str, Matrix] = {}
 
@@ -254,7 +249,7 @@ class _Coarse:
 def _columns(hits: Hits, picked: Any) -> Hits:
     if isinstance(picked, slice):
         return Hits(hits.offsets[:, picked], hits.rows[:, picked], hits.scores[:, picked])
-    return Hits(*(np.take_along_axis(part, picked, 1) for part in (hits.offsets, hits.rows, hits.scores)))
+    return hits.taken(picked)
 
 
 def timed(setting: Setting, vectors: Matrix, k: int, index: Index) -> NDArray[np.float64]:
@@ -307,8 +302,11 @@ def _names(offsets: NDArray[np.int64], index: Index) -> list[list[str]]:
 
 
 def _described(setting: Setting, k: int, index: Index) -> dict[str, Any]:
-    first = index.views[setting.levels[0][0]] if setting.levels else index.documents
-    read = [index.views[table] for table, *_ in setting.levels] + ([index.documents] if setting.rescore else [])
+    read = [index.views[table].at(how) for table, _, how in setting.levels]
+    read += [index.documents] if setting.rescore else []
+    first, added = read[0], read[0].row_bytes
+    for before, view in pairwise(read):
+        added += view.at(view.info.dim, before.info.dim if view.name == before.name else 0).row_bytes
     step = index.steps(k, setting.levels, setting.rescore)[0]
     return {
         "choice": setting.choice,
@@ -318,7 +316,7 @@ def _described(setting: Setting, k: int, index: Index) -> dict[str, Any]:
         "scoring": step.scoring,
         "shortlist": step.shortlist if setting.levels and setting.rescore else None,
         "k": k,
-        "bytes_per_row": sum(view.row_bytes for view in read),
+        "bytes_per_row": added,
     }
 
 
@@ -346,7 +344,8 @@ def _examples(
     rows: list[dict[str, Any]] = []
     for number in (worst + others)[:EXAMPLES]:
         own = None if questions.own_rows is None else questions.own_rows[number : number + 1]
-        ways = [(table, cascade.levels[: at + 1], False) for at, (table, *_) in enumerate(cascade.levels)]
+        names = [shown(table, how) for table, _, how in cascade.levels]
+        ways = [(name, cascade.levels[: at + 1], False) for at, name in enumerate(names)]
         ways += [("cascade", cascade.levels, True), ("exact", (), True)]
         kept = set(mine.rows[number].tolist())
         for level, (table, levels, rescore) in enumerate(ways):

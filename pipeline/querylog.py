@@ -12,7 +12,7 @@ import polars as pl
 from pipeline import queries
 from pipeline.evaluate import Setting, timed
 from pipeline.metrics import interval, recall_exact
-from pipeline.search import Index
+from pipeline.search import Index, shown
 from pipeline.storage import Root
 
 NAME = "query_log.parquet"
@@ -52,7 +52,7 @@ def run(path: str, index: Index, k: int, seed: int, root: Root) -> pl.DataFrame:
         "queries": len(texts),
         "k": k,
         "generation": index.generation["generation"],
-        "cascade": " > ".join(f"{table} {size}" for table, size, _ in cascade),
+        "cascade": " > ".join(f"{shown(table, how)} {size}" for table, size, how in cascade),
         "recall_exact": float(shares.mean()),
         "recall_exact_low": low,
         "recall_exact_high": high,

@@ -17,7 +17,7 @@ from pipeline import filters, ledger, store
 from pipeline.encoders.queries import QueryEncoder
 from pipeline.errors import DamageError, QueryError, StaleError
 from pipeline.levels import Hits, Step, View, from_index, joined, rescored, scanned, scores_of
-from pipeline.spec import check_cascade
+from pipeline.spec import check_blocks, check_cascade
 from pipeline.storage import Root
 from pipeline.tables import DOCUMENTS, PARAMETERS, TableInfo, matrices
 from pipeline.transform import Transform
@@ -25,8 +25,9 @@ from pipeline.vectors import MIN_NORM, Matrix, Scoring, truncate, unit
 
 QUERIES_AT_ONCE = 256
 """Queries that share one scan; bounds memory at 256 x 8,192 scores."""
-Level = tuple[str, int, str]
-"""Table, shortlist, and how binary codes are scored: auto, asymmetric or hamming."""
+Level = tuple[str, int, str | int]
+"""Table, shortlist, and how: binary codes are scored (auto, asymmetric or hamming), or far a nested table is read (a
+dim; auto: all)."""
 Cascade = Sequence[Level | tuple[str, int]]
 
 
@@ -79,8 +80,9 @@ class Index:
         """The k nearest rows of each query: rank (from 1), id, score, row, text, carried columns.
 
         A text gives one table; a list or a float array [n, full_dim] gives `query` (0, 1, …) first. `cascade`
-        overrides the spec's: a list of (table, shortlist) or (table, shortlist, scoring); [] is exact. `score` is
-        the float32 cosine with the full vector. QueryError (a ValueError) for a bad query, filter, k or cascade.
+        overrides the spec's: a list of (table, shortlist), (table, shortlist, scoring) or, of a table with blocks,
+        (table, shortlist, dim); [] is exact. `score` is the float32 cosine with the full vector. QueryError (a
+        ValueError) for a bad query, filter, k or cascade.
         """
         vectors, single = self._vectors(queries)
         hits, _ = self.rank(vectors, k, where, cascade)
@@ -103,13 +105,13 @@ class Index:
         levels = self.generation["spec"]["search"]["cascade"]
         if levels is None:
             return self.default_cascade(k)
-        return [(one["table"], one["shortlist"], one.get("scoring", "auto")) for one in levels]
+        return [(one["table"], one["shortlist"], one.get("dim") or one.get("scoring", "auto")) for one in levels]
 
     def default_cascade(self, k: int) -> list[Level]:
-        """The table with the fewest bytes per row, shortlist max(200, 20 k)."""
-        prefixes = [view for view in self.views.values() if not view.is_full]
-        smallest = min(prefixes, key=lambda view: (view.row_bytes, view.name))
-        return [(smallest.name, max(200, 20 * k), "auto")]
+        """The table whose scan reads the fewest bytes per row, shortlist max(200, 20 k)."""
+        firsts = [view.at(view.hows[0]) for view in self.views.values() if not view.is_full]
+        smallest = min(firsts, key=lambda view: (view.row_bytes, view.name))
+        return [(smallest.name, max(200, 20 * k), smallest.info.dim if smallest.info.blocks else "auto")]
 
     def rank(
         self, vectors: Matrix, k: int, where: str | None, cascade: Cascade | None, rescore: bool = True
@@ -135,15 +137,18 @@ class Index:
         """A caller's cascade, checked; QueryError where it cannot be run."""
         try:
             levels: list[Level] = [
-                (str(table), int(size), str(*how) if how else "auto") for table, size, *how in cascade
+                (str(table), int(size), _how(*how) if how else "auto") for table, size, *how in cascade
             ]
         except (ValueError, TypeError):
             raise QueryError(f"a cascade is a list of (table, shortlist), not {cascade!r}") from None
         try:
             check_cascade([(table, size) for table, size, _ in levels], [n for n in self.views if n != DOCUMENTS])
+            dims = [(table, how if isinstance(how, int) else None) for table, _, how in levels]
+            check_blocks(dims, {view.name: view.info.blocks for view in self.views.values()})
         except ValueError as error:
             raise QueryError(str(error)) from None
-        wrong = [how for _, _, how in levels if how not in ("auto", "asymmetric", "hamming")]
+        scorings = [how for _, _, how in levels if isinstance(how, str)]
+        wrong = [how for how in scorings if how not in ("auto", "asymmetric", "hamming")]
         if wrong:
             raise QueryError(f"cascade: scoring is auto, asymmetric or hamming, not {wrong[0]!r}")
         return levels
@@ -158,9 +163,9 @@ class Index:
             if view.codec.kind == "binary":
                 by_index = number == 0 and view.ann is not None and how != "asymmetric"
                 scoring = "hamming" if by_index or how == "hamming" else "asymmetric"
-            steps.append(Step(table, "", max(size, k), scoring, note=note))
+            steps.append(Step(table, "", max(size, k), scoring, note=note, dim=view.at(how).info.dim))
         if rescore or not steps:
-            steps.append(Step(DOCUMENTS, "", k))
+            steps.append(Step(DOCUMENTS, "", k, dim=self.documents.info.dim))
         return steps
 
     def _rank(self, queries: Matrix, k: int, where: str | None, steps: list[Step]) -> Hits:
@@ -174,7 +179,7 @@ class Index:
 
     def level(self, step: Step, queries: Matrix, hits: Hits | None, keep: int, where: str | None) -> Hits:
         """One level: the best `keep` of the whole table, or of the hits that an earlier level left."""
-        view = self.views[step.table]
+        view = self.views[step.table].at(step.dim)
         prefixes = self._prefixes(view, queries)
         if hits is not None:
             return rescored(view, prefixes, hits, keep, step)
@@ -250,6 +255,15 @@ class Index:
         ).hstack(content)
         rest = [name for name in names if name != "id"]
         return frame.select(*([] if single else ["query"]), "rank", "id", "score", "row", *rest)
+
+
+def shown(table: str, how: str | int) -> str:
+    """A level's table in words; of a nested one also the dim."""
+    return f"{table}[:{how}]" if isinstance(how, int) else table
+
+
+def _how(given: Any) -> str | int:
+    return int(given) if isinstance(given, int | np.integer) else str(given)
 
 
 def _filter_column(kind: pa.DataType) -> filters.Column:

@@ -77,10 +77,11 @@ def print_hits(hits: pl.DataFrame) -> None:
 
 def print_steps(steps: Sequence[Mapping[str, Any]]) -> None:
     """What each level of a search did."""
-    table = Table("table", "engine", "scoring", "rows", "bytes", "shortlist", "ms", "note", box=None)
+    table = Table("table", "dim", "engine", "scoring", "rows", "bytes", "shortlist", "ms", "note", box=None)
     for step in steps:
         cells = [
             step["table"],
+            str(step["dim"]),
             step["engine"],
             step["scoring"],
             f"{step['rows']:,}",
@@ -144,6 +145,7 @@ def print_evaluation(measured: pl.DataFrame, whole: bool = False) -> None:
     for heading in (
         "choice",
         "mode",
+        "dim",
         "scoring",
         "short list",
         *(f"{name} @{k}" for name in names),
@@ -156,6 +158,7 @@ def print_evaluation(measured: pl.DataFrame, whole: bool = False) -> None:
         table.add_row(
             row["choice"],
             row["mode"],
+            str(row["dim"]),
             row["scoring"],
             str(row["shortlist"] or "-"),
             *values,

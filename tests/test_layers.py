@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "pipeline"
 LEVELS = [
     {"errors", "vectors", "metrics", "template", "sentences", "stopping", "limits", "reread"},
-    {"rotation", "filters", "plots", "storage", "parquet", "lines", "recompute"},
+    {"rotation", "nested", "values", "filters", "plots", "storage", "parquet", "lines", "recompute"},
     {"transform", "html", "verify"},
     {"probe", "adaptor"},
     {"spec", "store", "docstrings", "tables", "ids", "lock", "ledger"},
