@@ -29,6 +29,10 @@ PARAMETERS_SCHEMA = pa.schema(
     ]
 )
 
+ROW_BY_ROW = {"lance-encoding:structural-encoding": "fullzip"}
+"""Lance packs vectors of at most 128 bytes into chunks of about 4 KB, and reads a chunk for a row (measured: 1,000 of
+200,000 rows of 64 half-precision numbers read 3.8 MB, this way 0.4)."""
+
 
 @dataclass(frozen=True)
 class TableInfo:
@@ -144,7 +148,10 @@ def prefix_schema(
     dim: int, precision: Precision, filters: Mapping[str, pa.DataType], blocks: Sequence[int] = ()
 ) -> pa.Schema:
     """Columns of a prefix table, in order; one vector column, or one per nested block."""
-    cut = [(name, vector_type(end - start, precision)) for name, (start, end) in vector_columns(blocks).items()]
+    cut = [
+        pa.field(name, vector_type(end - start, precision), metadata=ROW_BY_ROW)
+        for name, (start, end) in vector_columns(blocks).items()
+    ]
     return pa.schema([("row", pa.int64()), *filters.items(), *(cut or [("vector", vector_type(dim, precision))])])
 
 

@@ -334,3 +334,11 @@ def test_a_filter_column_cannot_have_the_name_of_a_block(values):
     prefixes = [{"dim": 24, "precision": "float16", "blocks": BLOCKS}]
     with pytest.raises(SpecError, match="has a column vector_8_16 of its own; rename the filter"):
         JobSpec.of(values(prefixes=prefixes, corpus__filter=["vector_8_16"]))
+
+
+def test_a_row_of_a_block_is_read_without_its_neighbours(index):
+    """Lance packs short vectors into chunks unless it is told not to; this setting is what takes of a block rest on."""
+    for name in (HALF, BYTES, SINGLE):
+        for column in index.views[name].columns:
+            settings = index.views[name].table.schema.field(column).metadata
+            assert settings == {b"lance-encoding:structural-encoding": b"fullzip"}
