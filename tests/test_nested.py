@@ -11,10 +11,11 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from pipeline import nested, open_index, run, verify
+from pipeline import derive, nested, open_index, querylog, report, run, verify
 from pipeline.errors import QueryError, SpecError
 from pipeline.levels import Hits
 from pipeline.spec import JobSpec
+from pipeline.storage import Root
 from pipeline.tables import METADATA_KEY, vector_matrix
 from pipeline.vectors import truncate, unit
 from tests.conftest import DIM, corpus_frame
@@ -342,3 +343,54 @@ def test_a_row_of_a_block_is_read_without_its_neighbours(index):
         for column in index.views[name].columns:
             settings = index.views[name].table.schema.field(column).metadata
             assert settings == {b"lance-encoding:structural-encoding": b"fullzip"}
+
+
+def test_the_page_names_the_dims_of_the_cascade(root):
+    page = report.run(Root(root)).read_text(encoding="utf-8")
+    words = [f"{HALF}[:8] (shortlist 60)", f"{HALF}[:16] (shortlist 30)", f"{HALF} (shortlist 20)", "full vectors"]
+    assert " → ".join(words) in page
+    assert "float16 nested" in page
+    assert "binary asymmetric" in page
+
+
+def test_explain_and_the_query_log_name_the_dims(root, index, tmp_path):
+    steps = index.explain(np.ones(DIM))
+    assert [step["dim"] for step in steps] == [8, 16, 24, DIM]
+    corpus_frame(4).select("_id", "text").write_parquet(tmp_path / "queries.parquet")
+    copy = Root(Path(shutil.copytree(root, tmp_path / "root")))
+    log = querylog.run(str(tmp_path / "queries.parquet"), open_index(copy.path), 3, 0, copy)
+    assert log["cascade"].to_list() == [f"{HALF}[:8] 60 > {HALF}[:16] 30 > {HALF} 20"]
+
+
+def test_a_run_that_was_stopped_between_tables_goes_on(root, tmp_path, model, monkeypatch):
+    job = JobSpec.of(job_values(tmp_path, model))
+    write = derive._Deriver._write
+
+    def stopped(self, slot, table, *rest):
+        if table.name == SINGLE:
+            raise OSError("no space left")
+        write(self, slot, table, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(derive._Deriver, "_write", stopped)
+        with pytest.raises(OSError, match="no space left"):
+            run(job)
+    first = next((tmp_path / "root" / "lancedb" / f"{HALF}.lance" / "data").iterdir())
+    made = run(job)
+    assert [one.name for one in (tmp_path / "root" / "lancedb" / f"{HALF}.lance" / "data").iterdir()] == [first.name]
+    there = json.loads((root / "manifest.json").read_text())["tables"]
+    digests = {name: entry["digest"] for name, entry in made["tables"].items()}
+    assert digests == {name: there[name]["digest"] for name in digests}
+    assert verify.run(tmp_path / "root").is_whole
+
+
+def test_metadata_that_names_other_blocks_is_found(root, tmp_path):
+    copy = Path(shutil.copytree(root, tmp_path / "root"))
+
+    def renamed(table):
+        info = json.loads(table.schema.metadata[METADATA_KEY]) | {"blocks": [8, 24]}
+        return table.replace_schema_metadata({METADATA_KEY: json.dumps(info).encode()})
+
+    rewrite(copy, HALF, renamed)
+    told = f"lancedb/{HALF}.lance: its metadata says blocks [8, 24], not [8, 16, 24]"
+    assert told in verify.run(copy).problems
