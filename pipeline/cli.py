@@ -12,9 +12,10 @@ import typer
 from rich.table import Table
 
 from pipeline import corpus, embed, ledger, lock, plan, querylog, report, stopping, verify
+from pipeline.cascade import Level
 from pipeline.errors import DamageError, PipelineError, SpecError, StaleError
 from pipeline.run import Stage, check, run as run_job
-from pipeline.search import Index, Level, open_index
+from pipeline.search import Index, open_index
 from pipeline.sentences import masked
 from pipeline.spec import JobSpec
 from pipeline.storage import STATE, Root
@@ -250,7 +251,7 @@ def _cascade(spec: JobSpec | None, index: Index, k: int) -> list[Level] | None:
         return None
     levels = spec.search.cascade
     if levels is None:
-        return index.default_cascade(k)
+        return index.opened.default_cascade(k)
     return [(level.table, level.shortlist, level.how) for level in levels]
 
 

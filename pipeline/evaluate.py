@@ -4,10 +4,11 @@ Rankings and seconds are measured first and kept; every metric is a pure functio
 memory does not grow with the corpus.
 """
 
+import copy
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -16,20 +17,25 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline import queries as files
+from pipeline import margin, queries as files
+from pipeline.cascade import QUERIES_AT_ONCE, Level
 from pipeline.errors import FloorError
-from pipeline.levels import Hits, View, best_of, joined, ranked_columns
+from pipeline.levels import Hits, best_of, joined, ranked_columns
+from pipeline.margin import Stopping
 from pipeline.metrics import METRICS, interval, judged, recall_exact, without_own
-from pipeline.search import QUERIES_AT_ONCE, Index, Level, shown
-from pipeline.spec import Evaluate
+from pipeline.search import Index
+from pipeline.spec import Evaluate, Stop
 from pipeline.storage import Root
 from pipeline.tables import DOCUMENTS, vector_matrix
 from pipeline.vectors import Matrix, unit
+from pipeline.views import View
 
 log = logging.getLogger(__name__)
 
 CORPUS_QUERIES = 500
 TIMED_QUERIES, TIMED_SECONDS = 100, 2.0
+FEWEST_QUERIES = 50
+"""Fewer say nothing of the share of queries that an adaptive shortlist would fail."""
 EXAMPLES = 10
 EXCERPT = 240
 
@@ -41,6 +47,7 @@ SCHEMA = pl.Schema(
         "precision": pl.String(),
         "scoring": pl.String(),
         "shortlist": pl.Int64(),
+        "candidates": pl.Float64(),
         "k": pl.Int64(),
         "queries": pl.Int64(),
         **{f"{metric}{bound}": pl.Float64() for metric in METRICS for bound in ("", "_low", "_high")},
@@ -78,6 +85,7 @@ class Setting:
     mode: str
     levels: tuple[Level, ...]
     rescore: bool = True
+    stop: Stop = "fixed"
 
 
 @dataclass(frozen=True)
@@ -98,22 +106,35 @@ class Ranking:
     rows: NDArray[np.int64]
     offsets: NDArray[np.int64]
     seconds: NDArray[np.float64]
+    candidates: float | None = None
+    """Rows that met the full vectors, mean over queries; None where it is just the shortlist."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The three files of an evaluation."""
+    """The three files of an evaluation, and when to stop rescoring, by table and scoring."""
 
     evaluation: pl.DataFrame
     rankings: pl.DataFrame
     examples: pl.DataFrame
+    stopping: Mapping[str, Stopping]
 
 
 def run(settings: Evaluate, index: Index, seed: int, root: Root) -> Measured:
-    """Sweep every prefix table x shortlist x (alone | rescored | cascade), the job's cascade, and exact search."""
+    """Sweep every prefix table x shortlist x (alone | rescored | cascade | margin), the job's cascade, exact search."""
     questions = _questions(settings, index, seed, root)
-    sweep = _sweep(index, settings)
-    rankings = _rankings(sweep, questions, settings.k, index)
+    sweep, pairs = _sweep(index, settings), _Pairs(questions)
+    rankings = _rankings(sweep, questions, settings.k, index, pairs)
+    stopping = pairs.learned(settings.k)
+    knowing = copy.copy(index)
+    knowing.opened = index.opened.knowing(stopping)
+    last = [
+        *_adaptive(sweep, stopping, index),
+        Setting("cascade", "cascade", tuple(index.opened.cascade(settings.k)), stop=index.opened.stop),
+        Setting("exact", "exact", ()),
+    ]
+    rankings |= _rankings(last, questions, settings.k, knowing, pairs)
+    sweep += last
     rows = scored(sweep, rankings, questions, settings.k, index, seed)
     for row in rows:
         log.info(
@@ -124,6 +145,7 @@ def run(settings: Evaluate, index: Index, seed: int, root: Root) -> Measured:
         pl.DataFrame(rows, schema=SCHEMA),
         _kept(rankings, questions),
         _examples(rankings, questions, settings.k, index, seed),
+        stopping,
     )
 
 
@@ -163,13 +185,13 @@ def _from_corpus(index: Index, seed: int) -> Questions:
 
 
 def _sweep(index: Index, settings: Evaluate) -> list[Setting]:
-    """Everything that is measured; the job's own cascade and exact come last."""
+    """Every table by itself, rescored, and before the finest one."""
     k = settings.k
-    rows = index.documents.table.count_rows()
+    rows = index.opened.row_count
     lengths = sorted({max(200, 20 * k), *(length for length in settings.shortlists if k <= length <= rows)})
     finest = _finest(index)
     sweep = []
-    for view in index.views.values():
+    for view in index.opened.views.values():
         for how in () if view.is_full else view.hows:
             sweep.append(Setting(view.name, "alone", ((view.name, k, how),), rescore=False))
             sweep += [Setting(view.name, "rescored", ((view.name, length, how),)) for length in lengths]
@@ -178,38 +200,79 @@ def _sweep(index: Index, settings: Evaluate) -> list[Setting]:
                     Setting(view.name, "cascade", ((view.name, n, how), (finest.name, max(k, n // 4), "auto")))
                     for n in lengths
                 ]
-    return [*sweep, Setting("cascade", "cascade", tuple(index.cascade(k))), Setting("exact", "exact", ())]
+    return sweep
 
 
 def _finest(index: Index) -> View:
     """The prefix table nearest to the full vectors."""
     return max(
-        (view for view in index.views.values() if not view.is_full), key=lambda view: (view.row_bytes, view.name)
+        (view for view in index.opened.views.values() if not view.is_full), key=lambda view: (view.row_bytes, view.name)
     )
 
 
-def _rankings(sweep: Sequence[Setting], questions: Questions, k: int, index: Index) -> dict[Setting, Ranking]:
+def _adaptive(sweep: Sequence[Setting], stopping: Mapping[str, Stopping], index: Index) -> list[Setting]:
+    """The adaptive shortlist beside the fixed ones of each table."""
+    shortest: dict[str, Setting] = {}
+    for one in sweep:
+        name = index.opened.steps(0, one.levels, one.rescore)[0].name
+        if one.mode == "rescored" and name in stopping:
+            shortest.setdefault(name, replace(one, mode="margin", stop="margin"))
+    return list(shortest.values())
+
+
+class _Pairs:
+    """Coarse scores and cosines of the longest shortlists, of every second query: what `margin` learns from."""
+
+    def __init__(self, questions: Questions) -> None:
+        self._own, self._found = questions.own_rows, dict[str, list[tuple[Matrix, Matrix]]]()
+
+    def add(self, name: str, start: int, hits: Hits, cosines: Matrix) -> None:
+        """Take in one block of queries, which begins at query `start`."""
+        known = hits.offsets >= 0
+        if self._own is not None:
+            known &= hits.rows != self._own[start : start + len(known), None]
+        pair = (np.where(known, part, -np.inf)[start % 2 :: 2] for part in (hits.scores, cosines))
+        self._found.setdefault(name, []).append((next(pair), next(pair)))
+
+    def learned(self, k: int) -> dict[str, Stopping]:
+        """What there is enough of to learn from, by table and scoring."""
+        found = {}
+        for name, blocks in self._found.items():
+            coarse, full = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
+            if len(coarse) >= FEWEST_QUERIES and coarse.shape[1] > 4 * k:
+                found[name] = margin.fit(coarse, full, k)
+        return found
+
+
+def _rankings(
+    sweep: Sequence[Setting], questions: Questions, k: int, index: Index, pairs: _Pairs
+) -> dict[Setting, Ranking]:
     """Each table is scanned once for all its shortlists: a shorter one is the beginning of a longer one."""
     asked = k if questions.own_rows is None else k + 1  # room for the query's own row
     blocks: dict[Setting, list[Hits]] = {setting: [] for setting in sweep}
+    candidates = dict.fromkeys(sweep, 0)
     for start in range(0, len(questions.vectors), QUERIES_AT_ONCE):
         vectors = questions.vectors[start : start + QUERIES_AT_ONCE]
         coarse: dict[tuple[str, str | int], _Coarse] = {}
         for setting in sweep:
-            if setting.choice in index.views:
+            if setting.choice in index.opened.views and setting.stop == "fixed":
                 table, _, how = setting.levels[0]
                 if (table, how) not in coarse:
                     coarse = {(table, how): _Coarse(index, vectors, table, how, _longest(sweep, asked))}
+                    pairs.add(coarse[table, how].name, start, *coarse[table, how].pair())
                 hits = coarse[table, how].ranked(setting, asked)
             else:
-                hits, _ = index.rank(vectors, asked, None, setting.levels, setting.rescore)
+                hits, steps = index.opened.rank(vectors, asked, None, setting.levels, setting.rescore, setting.stop)
+                candidates[setting] += steps[-1].candidates
             blocks[setting].append(hits)
     found = {}
     for setting, hits in ((setting, joined(parts)) for setting, parts in blocks.items()):
         rows, offsets = hits.rows[:, :asked], hits.offsets[:, :asked]
         if questions.own_rows is not None:
             rows, offsets = without_own(rows, offsets, questions.own_rows, k)
-        found[setting] = Ranking(rows, offsets, timed(setting, questions.vectors, k, index))
+        seconds = timed(setting, questions.vectors, k, index)
+        met = None if setting.stop == "fixed" else candidates[setting] / len(questions.vectors)
+        found[setting] = Ranking(rows, offsets, seconds, met)
     return found
 
 
@@ -222,9 +285,14 @@ class _Coarse:
 
     def __init__(self, index: Index, vectors: Matrix, table: str, how: str | int, keep: int) -> None:
         self._index, self._vectors = index, vectors
-        step = index.steps(keep, [(table, keep, how)], rescore=False)[0]
-        self._hits = index.level(step, vectors, None, keep, None)
+        step = index.opened.steps(keep, [(table, keep, how)], rescore=False)[0]
+        self.name = step.name
+        self._hits = index.opened.level(step, vectors, None, keep, None)
         self._scores: dict[str, Matrix] = {}
+
+    def pair(self) -> tuple[Hits, Matrix]:
+        """The hits, and their cosines."""
+        return self._hits, self._scored(DOCUMENTS)
 
     def ranked(self, setting: Setting, asked: int) -> Hits:
         """What the setting finds, at least as wide as asked where there are so many."""
@@ -242,7 +310,7 @@ class _Coarse:
 
     def _scored(self, table: str) -> Matrix:
         if table not in self._scores:
-            self._scores[table] = self._index.scores(table, self._vectors, self._hits)
+            self._scores[table] = self._index.opened.scores(table, self._vectors, self._hits)
         return self._scores[table]
 
 
@@ -254,11 +322,11 @@ def _columns(hits: Hits, picked: Any) -> Hits:
 
 def timed(setting: Setting, vectors: Matrix, k: int, index: Index) -> NDArray[np.float64]:
     """Seconds of the same search, one query at a time, after one to warm up."""
-    index.rank(vectors[:1], k, None, setting.levels, setting.rescore)
+    index.opened.rank(vectors[:1], k, None, setting.levels, setting.rescore, setting.stop)
     seconds: list[float] = []
     for vector in vectors[:TIMED_QUERIES]:
         start = time.perf_counter()
-        index.rank(vector[None], k, None, setting.levels, setting.rescore)
+        index.opened.rank(vector[None], k, None, setting.levels, setting.rescore, setting.stop)
         seconds.append(time.perf_counter() - start)
         if sum(seconds) > TIMED_SECONDS:
             break
@@ -283,6 +351,7 @@ def scored(
             values |= judged(questions.ids, _names(ranking.offsets, index), questions.qrels, k)
         row = _described(setting, k, index) | {
             "queries": len(questions.ids),
+            "candidates": ranking.candidates,
             "median_ms": float(np.median(ranking.seconds)) * 1000,
             "p95_ms": float(np.percentile(ranking.seconds, 95)) * 1000,
         }
@@ -302,12 +371,12 @@ def _names(offsets: NDArray[np.int64], index: Index) -> list[list[str]]:
 
 
 def _described(setting: Setting, k: int, index: Index) -> dict[str, Any]:
-    read = [index.views[table].at(how) for table, _, how in setting.levels]
+    read = [index.opened.views[table].at(how) for table, _, how in setting.levels]
     read += [index.documents] if setting.rescore else []
     first, added = read[0], read[0].row_bytes
     for before, view in pairwise(read):
         added += view.at(view.info.dim, before.info.dim if view.name == before.name else 0).row_bytes
-    step = index.steps(k, setting.levels, setting.rescore)[0]
+    step = index.opened.steps(k, setting.levels, setting.rescore)[0]
     return {
         "choice": setting.choice,
         "mode": setting.mode,
@@ -344,12 +413,12 @@ def _examples(
     rows: list[dict[str, Any]] = []
     for number in (worst + others)[:EXAMPLES]:
         own = None if questions.own_rows is None else questions.own_rows[number : number + 1]
-        names = [shown(table, how) for table, _, how in cascade.levels]
+        names = [step.shown for step in index.opened.steps(k, cascade.levels, rescore=False)] if cascade.levels else []
         ways = [(name, cascade.levels[: at + 1], False) for at, name in enumerate(names)]
         ways += [("cascade", cascade.levels, True), ("exact", (), True)]
         kept = set(mine.rows[number].tolist())
         for level, (table, levels, rescore) in enumerate(ways):
-            hits, _ = index.rank(questions.vectors[number : number + 1], k + 1, None, levels, rescore)
+            hits, _ = index.opened.rank(questions.vectors[number : number + 1], k + 1, None, levels, rescore)
             for rank, (offset, row, score) in enumerate(_first(hits, own, k), 1):
                 rows.append(
                     {

@@ -268,3 +268,9 @@ def _number(text: str) -> Decimal:
     if math.isinf(float(value)) or (whole and abs(value) >= 2**64):
         raise QueryError(f"where: {_shown(text)} is beyond 64 bits")
     return value
+
+
+def equal(column: str, value: str) -> str:
+    """The filter of rows whose string column has just this value."""
+    quoted = value.replace("'", "''")
+    return f"(`{column}` = '{quoted}')"

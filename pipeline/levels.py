@@ -3,86 +3,26 @@
 Each takes unit query prefixes and gives `Hits`; a level knows nothing of the others.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline import nested, store
+from pipeline import nested, resident, store
 from pipeline.errors import DamageError
+from pipeline.margin import Line, Seen, marks
 from pipeline.nested import Lengths
-from pipeline.tables import TableInfo, vector_matrix
-from pipeline.vectors import Codec, Matrix, Scoring, top, unit
+from pipeline.resident import Held
+from pipeline.vectors import Matrix, Scoring, top
+from pipeline.views import View
 
 SCAN_ROWS = 8_192
+ROUNDING = 1e-4
+"""Cosines by float32 products of 4,096 numbers differ from the exact ones by less than half of this."""
 TOGETHER = 32
 """Shortlists of several queries are scored as one product while their union is at most this many times one of them."""
-
-
-@dataclass(frozen=True)
-class View:
-    """One table at its pinned version, with what scores it; of a nested one the blocks after `start`, up to a dim."""
-
-    name: str
-    table: store.Table
-    info: TableInfo
-    codec: Codec
-    ann: Mapping[str, Any] | None = None
-    start: int = 0
-
-    @property
-    def is_full(self) -> bool:
-        """Whether these are the full vectors."""
-        return self.info.parent is None
-
-    def scores(self, queries: Matrix, codes: Matrix, scoring: Scoring) -> Matrix:
-        """Similarity of unit query prefixes [q, dim] to stored codes [n, …], float32[q, n].
-
-        Full vectors are brought back to unit length (half precision lost some) and multiplied in float64: float32
-        products differ in the last bit by where a row stands, and then equal rows would not tie. Of a nested table
-        these are products, not yet divided by lengths.
-        """
-        if self.info.blocks:
-            return np.asarray(queries[:, self.start :] @ codes.T)
-        if not self.is_full:
-            return self.codec.scores(queries, codes, scoring)
-        return np.asarray(queries.astype(np.float64) @ unit(codes).astype(np.float64).T, dtype=np.float32)
-
-    @property
-    def hows(self) -> Sequence[str | int]:
-        """The ways to read it that are worth comparing: how bits are scored, at which dims blocks end."""
-        if self.codec.kind == "binary":
-            return "asymmetric", "hamming"
-        return self.info.blocks or ("auto",)
-
-    def at(self, how: str | int, start: int = 0) -> "View":
-        """A nested table cut to the dim that a level names, without the blocks before `start`; others as they are."""
-        if not self.info.blocks:
-            return self
-        dim = how if isinstance(how, int) else self.info.dim
-        return replace(self, info=replace(self.info, dim=dim), start=start)
-
-    @property
-    def columns(self) -> list[str]:
-        """The vector columns that are read."""
-        return nested.columns(self.info.blocks, self.start, self.info.dim) if self.info.blocks else ["vector"]
-
-    def codes(self, rows: pa.RecordBatch | pa.Table) -> Matrix:
-        """Stored codes [n, …] of rows; of a nested table the numbers that they stand for, float32."""
-        found = [vector_matrix(rows.column(name)) for name in self.columns]
-        if not self.info.blocks:
-            return found[0]
-        scale = self.codec.scale
-        return nested.numbers(found, None if scale is None else scale[self.start : self.info.dim])
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row's codes."""
-        kinds = [self.table.schema.field(name).type for name in self.columns]
-        return sum(int(kind.list_size * kind.value_type.bit_width // 8) for kind in kinds)
 
 
 @dataclass(frozen=True)
@@ -122,10 +62,22 @@ class Step:
     scoring: Scoring = "dot"
     rows: int = 0
     bytes: int = 0
+    candidates: int = 0
+    """Rows that were rescored, over all queries."""
     milliseconds: float = 0.0
     note: str = ""
-    dim: int = 0
-    """Numbers of a vector that it compares."""
+    dim: int | None = None
+    """Of a nested table: how far it is read."""
+
+    @property
+    def shown(self) -> str:
+        """The table; of a nested one also the dim."""
+        return self.table if self.dim is None else f"{self.table}[:{self.dim}]"
+
+    @property
+    def name(self) -> str:
+        """The table and how its codes are scored."""
+        return f"{self.shown} {self.scoring}"
 
 
 def scanned(view: View, prefixes: Matrix, keep: int, where: str | None, step: Step) -> Hits:
@@ -134,7 +86,7 @@ def scanned(view: View, prefixes: Matrix, keep: int, where: str | None, step: St
     best, position = Hits.none(len(prefixes)), 0
     step.engine = "scan"
     for batch in view.table.scanner(columns=columns, filter=where, batch_size=SCAN_ROWS).to_batches():
-        codes = view.codes(batch)
+        codes = view.codes_in(batch)
         offsets = np.arange(position, position + len(codes)) if where is None else batch["_rowoffset"].to_numpy()
         position += len(codes)
         scores, lengths = view.scores(prefixes, codes, step.scoring), None
@@ -173,82 +125,185 @@ def _best(
     return Hits(pick(best.offsets, offsets), pick(best.rows, rows), np.take_along_axis(both, picked, 1), lengths)
 
 
+def allowed(view: View, where: str) -> NDArray[np.int64]:
+    """Ascending positions of the rows that pass a filter, int64."""
+    found = view.table.scanner(columns=["_rowoffset"], filter=where).to_table().column("_rowoffset")
+    return np.sort(found.to_numpy().astype(np.int64))
+
+
+def plan_misses(view: View) -> str:
+    """Why searches would not use the table's ANN index; empty where the plan has it."""
+    assert view.ann is not None
+    query = np.zeros(view.width, np.uint8) if view.codec.kind == "binary" else np.ones(view.width, np.float32)
+    plan = store.nearest(view.table, query, 1, view.ann["nprobes"], None).explain_plan(True)
+    return "" if "ANN" in plan else f"its {view.ann['kind']} index is gone or not used; scanned"
+
+
 def from_index(view: View, prefixes: Matrix, keep: int, where: str | None, step: Step) -> Hits:
-    """Ask the table's ANN index, one query at a time; its own distances order the shortlist."""
+    """Ask the table's ANN index, queries side by side; its own distances order the shortlist.
+
+    Rows that the index does not cover are scanned by Lance beside it, and the note says so.
+    """
     assert view.ann is not None
     step.engine, step.note = str(view.ann["kind"]), step.note or "rows are those returned"
-    queries = view.codec.encode(prefixes) if view.codec.kind == "binary" else prefixes
-    found = []
-    for query in queries:
-        scanner = store.nearest(view.table, query, keep, view.ann["nprobes"], where, ("row", "_rowoffset"))
-        table = scanner.to_table()
-        step.rows += table.num_rows
+    columns = ["_rowoffset"] if view.is_dense else ["row", "_rowoffset"]
+
+    def ask(query: Matrix) -> Hits:
+        assert view.ann is not None
+        table = store.nearest(view.table, query, keep, view.ann["nprobes"], where, columns).to_table()
+        offsets = table["_rowoffset"].to_numpy().astype(np.int64)
         distances = table["_distance"].to_numpy().astype(np.float32)
         scores = 1 - 2 * distances / view.info.dim if view.codec.kind == "binary" else 1 - distances
-        rows = table["row"].to_numpy()
-        order = np.lexsort((rows, -scores))
-        offsets = table["_rowoffset"].to_numpy().astype(np.int64)
-        found.append(Hits(offsets[order][None], rows[order][None], scores[order][None]))
+        rows = offsets if view.is_dense else table["row"].to_numpy()
+        order = np.lexsort((offsets, -scores))
+        return Hits(offsets[order][None], rows[order][None], scores[order][None])
+
+    queries = list(view.codec.encode(prefixes) if view.codec.kind == "binary" else prefixes)
+    found = [ask(queries[0])] if len(queries) == 1 else list(resident.threads().map(ask, queries))
+    step.rows += sum(hits.rows.size for hits in found)
     return joined(found)
 
 
-def rescored(view: View, prefixes: Matrix, hits: Hits, keep: int, step: Step) -> Hits:
+def rescored(view: View, prefixes: Matrix, hits: Hits, keep: int, step: Step, held: Held | None) -> Hits:
     """Score the hits with this table's codes and keep the best."""
-    found = _rescored(view, prefixes, hits, step)
-    return best_of(found, found.scores, keep)
+    if view.info.blocks:
+        deeper = _deeper(view, prefixes, hits, step)
+        return deeper.taken(ranked_columns(deeper, deeper.scores, keep))
+    if not view.is_full:
+        return best_of(hits, scores_of(view, prefixes, hits, step, held), keep)
+    vectors, at = _read(view, hits, step, held)
+    found = hits.offsets >= 0
+    step.candidates += int(found.sum())
+    rough = _cosines(prefixes, vectors, at, found)
+    # only those that rounding in float32 could bring into the best are scored in float64
+    floor = top_score(rough, keep) - ROUNDING
+    contender = found & (rough >= floor[:, None])
+    scores = np.full(hits.offsets.shape, -np.inf, np.float32)
+    for query, mine in enumerate(contender):
+        scores[query, mine] = view.scores(prefixes[query][None], vectors[at[query, mine]], step.scoring)[0]
+    return best_of(hits, scores, keep)
 
 
-def scores_of(view: View, prefixes: Matrix, hits: Hits, step: Step) -> Matrix:
-    """Scores of the hits by this table's codes, float32 in the hits' shape, -inf for none; reads each row once.
+def _deeper(view: View, prefixes: Matrix, hits: Hits, step: Step) -> Hits:
+    """The hits where they stand, scored by a nested table; blocks that the level before read are not read again."""
+    known = hits.lengths
+    if known is None or known.table != view.name or known.dim >= view.info.dim:
+        known = None
+    else:
+        view = view.at(view.info.dim, known.dim)
+    numbers, at = _read(view, hits, step, None)
+    found = hits.offsets >= 0
+    products = _scored(view, prefixes, numbers, at, step, None)
+    squares = np.zeros(at.shape, np.float32)
+    squares[found] = nested.squares(numbers)[at[found]]
+    if known is not None:
+        products = products + nested.products(np.where(found, hits.scores, 0), known.squares, prefixes, known.dim)
+        squares = squares + known.squares
+    return Hits(hits.offsets, hits.rows, nested.scores(products, squares), Lengths(view.name, view.info.dim, squares))
+
+
+def _cosines(prefixes: Matrix, vectors: Matrix, at: NDArray[np.int64], found: NDArray[np.bool_]) -> Matrix:
+    rough = np.full(at.shape, -np.inf, np.float32)
+    if found.any():
+        rough[found] = resident.cosines(prefixes, vectors, np.where(found, at, 0))[found]
+    return rough
+
+
+def _rough(view: View, prefixes: Matrix, hits: Hits, step: Step, held: Held | None) -> Matrix:
+    vectors, at = _read(view, hits, step, held)
+    return _cosines(prefixes, vectors, at, hits.offsets >= 0)
+
+
+def stopped(
+    view: View, prefixes: Matrix, hits: Hits, keep: int, step: Step, held: Held | None, rule: tuple[Line, float]
+) -> Hits:
+    """The same, candidates in order until the margin over those left passes the rule's threshold."""
+    line, threshold = rule
+    queries, width = hits.offsets.shape
+    rough = np.full((queries, width), -np.inf, np.float32)
+    seen, going, start = Seen.nothing(line, queries, keep), np.ones(queries, bool), 0
+    for mark in marks(width, keep):
+        part = Hits(hits.offsets[going, start:mark], hits.rows[going, start:mark], hits.scores[going, start:mark])
+        rough[going, start:mark] = _rough(view, prefixes[going], part, step, held)
+        seen.add(going, part.scores, rough[going, start:mark])
+        if mark == width:
+            break
+        going = going & (seen.margin(hits.scores[:, mark]) <= threshold)
+        start = mark
+        if not going.any():
+            break
+    step.candidates += int(np.isfinite(rough).sum())
+    contenders = rough >= (top_score(rough, keep) - ROUNDING)[:, None]
+    picked = top(rough, max(int((contenders & np.isfinite(rough)).sum(axis=1).max(initial=0)), 1))
+    left = hits.taken(picked)
+    scored = np.isfinite(np.take_along_axis(rough, picked, 1))
+    left = Hits(np.where(scored, left.offsets, -1), np.where(scored, left.rows, -1), left.scores)
+    return best_of(left, scores_of(view, prefixes, left, step, held), keep)
+
+
+def top_score(scores: Matrix, k: int) -> Matrix:
+    """The k-th highest score of each row, -inf where there are fewer."""
+    if scores.shape[1] <= k:
+        return np.full(len(scores), -np.inf, np.float32)
+    return np.asarray(np.partition(scores, scores.shape[1] - k, axis=1)[:, scores.shape[1] - k])
+
+
+def scores_of(view: View, prefixes: Matrix, hits: Hits, step: Step, held: Held | None) -> Matrix:
+    """Scores of the hits by this table's codes, float32 in the hits' shape, -inf for none; reads each row once."""
+    if view.info.blocks:
+        return _deeper(view, prefixes, hits, step).scores
+    codes, at = _read(view, hits, step, held)
+    return _scored(view, prefixes, codes, np.where(hits.offsets < 0, -1, at), step, held)
+
+
+def _scored(
+    view: View, prefixes: Matrix, codes: Matrix, at: NDArray[np.int64], step: Step, held: Held | None
+) -> Matrix:
+    """Scores of the codes at places [q, n], -inf where the place is -1."""
+    found = at >= 0
+    scores = np.full(at.shape, -np.inf, np.float32)
+    if not found.any():
+        return scores
+    if held is None and len(codes) <= TOGETHER * at.shape[1]:
+        everything = view.scores(prefixes, codes, step.scoring)
+        scores[found] = np.take_along_axis(everything, np.maximum(at, 0), 1)[found]
+    elif view.is_full or view.info.blocks:
+        for query, mine in enumerate(found):
+            scores[query, mine] = view.scores(prefixes[query][None], codes[at[query, mine]], step.scoring)[0]
+    else:
+        scores[found] = view.codec.scores_each(prefixes, codes[np.where(found, at, 0)], step.scoring)[found]
+    return scores
+
+
+def _read(view: View, hits: Hits, step: Step, held: Held | None) -> tuple[Matrix, NDArray[np.int64]]:
+    """Codes that hold those of the hits, and where each hit's are among them.
 
     DamageError where the table holds another row at a hit's position.
     """
-    return _rescored(view, prefixes, hits, step).scores
-
-
-def _rescored(view: View, prefixes: Matrix, hits: Hits, step: Step) -> Hits:
-    """The hits where they stand, with other scores; of a nested table, blocks that the level before read are not."""
-    known = hits.lengths
-    if known is not None and known.table == view.name and known.dim < view.info.dim:
-        view = view.at(view.info.dim, known.dim)
-    step.engine = step.engine or "take"
-    wanted, where = np.unique(hits.offsets, return_inverse=True)
-    where = where.reshape(hits.offsets.shape)
-    none = int(len(wanted) > 0 and wanted[0] < 0)
-    scores = np.full(hits.offsets.shape, -np.inf, np.float32)
-    if len(wanted) == none:
-        return Hits(hits.offsets, hits.rows, scores)
-    taken = view.table.take(pa.array(wanted[none:]), columns=["row", *view.columns])
-    codes, rows = view.codes(taken), taken.column("row").to_numpy()
-    step.rows, step.bytes = step.rows + len(codes), step.bytes + len(codes) * view.row_bytes
-    found, at = hits.offsets >= 0, where - none
-    if not np.array_equal(rows[at[found]], hits.rows[found]):
-        raise DamageError(f"{view.name} holds other rows than the tables before it; run `verify`, then the job again")
-    if len(codes) <= TOGETHER * hits.offsets.shape[1]:
-        everything = view.scores(prefixes, codes, step.scoring)
-        scores[found] = np.take_along_axis(everything, np.maximum(at, 0), 1)[found]
+    found = hits.offsets >= 0
+    if held is not None:
+        step.engine = step.engine or "resident"
+        step.rows, step.bytes = step.rows + int(found.sum()), step.bytes + int(found.sum()) * view.row_bytes
+        rows, wanted = held.rows(hits.offsets[found]), hits.rows[found]
+        codes, at = held.codes, hits.offsets
     else:
-        for query, mine in enumerate(found):
-            scores[query, mine] = view.scores(prefixes[query][None], codes[at[query, mine]], step.scoring)[0]
-    if not view.info.blocks:
-        return Hits(hits.offsets, hits.rows, scores)
-    return _divided(view, prefixes, hits, scores, np.where(found, nested.squares(codes)[at], 0))
-
-
-def _divided(view: View, prefixes: Matrix, hits: Hits, products: Matrix, squares: Matrix) -> Hits:
-    """The hits with the scores of a nested table, from what its blocks gave and what was known of those before them."""
-    if view.start and hits.lengths is not None:
-        before = np.where(hits.offsets < 0, 0, hits.scores)
-        products = products + nested.products(before, hits.lengths.squares, prefixes, view.start)
-        squares = squares + hits.lengths.squares
-    lengths = Lengths(view.name, view.info.dim, np.asarray(squares, np.float32))
-    return Hits(hits.offsets, hits.rows, nested.scores(products, lengths.squares), lengths)
+        step.engine = step.engine or "take"
+        offsets, inverse = np.unique(hits.offsets[found], return_inverse=True)
+        taken = view.table.take(pa.array(offsets), columns=["row", *view.columns])
+        codes = view.codes_in(taken)
+        step.rows, step.bytes = step.rows + len(codes), step.bytes + len(codes) * view.row_bytes
+        rows, wanted = taken.column("row").to_numpy()[inverse], hits.rows[found]
+        at = np.full(hits.offsets.shape, -1, np.int64)
+        at[found] = inverse
+    if not np.array_equal(rows, wanted):
+        raise DamageError(f"{view.name} holds other rows than the tables before it; run `verify`, then the job again")
+    return codes, at
 
 
 def best_of(hits: Hits, scores: Matrix, keep: int) -> Hits:
     """The best hits by other scores, ties by lower row."""
     picked = ranked_columns(hits, scores, keep)
-    return replace(hits, scores=scores).taken(picked)
+    return Hits(hits.offsets, hits.rows, scores).taken(picked)
 
 
 def ranked_columns(hits: Hits, scores: Matrix, keep: int) -> NDArray[np.int64]:

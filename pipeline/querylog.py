@@ -12,7 +12,7 @@ import polars as pl
 from pipeline import queries
 from pipeline.evaluate import Setting, timed
 from pipeline.metrics import interval, recall_exact
-from pipeline.search import Index, shown
+from pipeline.search import Index
 from pipeline.storage import Root
 
 NAME = "query_log.parquet"
@@ -40,9 +40,10 @@ def run(path: str, index: Index, k: int, seed: int, root: Root) -> pl.DataFrame:
     """
     texts = queries.read_queries(path, "--queries")["text"].to_list()
     vectors = queries.embedded(f"--queries: {path}", texts, index.documents.info, root, index.embed)
-    cascade = tuple(index.cascade(k))
-    found, _ = index.rank(vectors, k, None, cascade)
-    truth, _ = index.rank(vectors, k, None, [])
+    cascade = tuple(index.opened.cascade(k))
+    steps = index.opened.steps(k, cascade, rescore=True)[:-1]
+    found, _ = index.opened.rank(vectors, k, None, cascade)
+    truth, _ = index.opened.rank(vectors, k, None, [])
     shares = recall_exact(found.rows, truth.rows)
     low, high = interval(shares, seed)
     seconds = timed(Setting("cascade", "cascade", cascade), vectors, k, index)
@@ -52,7 +53,7 @@ def run(path: str, index: Index, k: int, seed: int, root: Root) -> pl.DataFrame:
         "queries": len(texts),
         "k": k,
         "generation": index.generation["generation"],
-        "cascade": " > ".join(f"{shown(table, how)} {size}" for table, size, how in cascade),
+        "cascade": " > ".join(f"{step.shown} {size}" for step, (_, size, _) in zip(steps, cascade, strict=True)),
         "recall_exact": float(shares.mean()),
         "recall_exact_low": low,
         "recall_exact_high": high,

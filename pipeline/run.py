@@ -10,12 +10,14 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import polars as pl
 
 from pipeline import (
+    cache,
     corpus,
     derive,
     drift,
@@ -225,6 +227,10 @@ class _Run:
         rows = scan.rows - sum(scan.reasons.values())
         done = len(embed.finished(self.root)) * corpus.shard_rows(scan.rows, spec.corpus)
         needed = rows * each + max(0, rows - done) * bytes_per_row(full_dim, spec.embed.vectors)
+        if spec.search.cache and (newest is None or not newest.get("cache")):
+            needed += rows * (
+                sum(one.bytes_per_row for one in spec.prefixes) + bytes_per_row(full_dim, spec.embed.vectors)
+            )
         free = self.root.disk.free(self.root.path)
         if needed > free:
             raise PipelineError(
@@ -264,6 +270,7 @@ class _Run:
             if entry["rows"] != full.rows and name != PARAMETERS:
                 raise DamageError(f"{name} has {entry['rows']} rows where documents has {full.rows}; delete the root")
             entry["bytes"] = sum(file["file_size_bytes"] for one in fragments[name] for file in one["files"])
+        cached = {name: (entry["version"], entry["digest"]) for name, entry in tables.items() if name != PARAMETERS}
         self.data_files = {DOCUMENTS: full.files, PARAMETERS: fits.record["files"]}
         self.data_files |= {table.name: table.files for table in derived}
         facts = full.facts
@@ -286,6 +293,7 @@ class _Run:
             "embed": counters,
             "transform": dict(fits.decision),
             "tables": tables,
+            "cache": cache.run(cached, self.root) if self.spec.search.cache else {},
             "files": {QUARANTINE: full.quarantine, **exported},
             "copies": [QUARANTINE, *MEASURED],
         }  # fmt: skip
@@ -300,8 +308,10 @@ class _Run:
                 opened = Index(self.root, candidate)
                 measured = evaluate.run(self.spec.evaluate, opened, self.spec.seed, self.root)
                 candidate["files"] |= self._keep(measured, newest)
+                candidate["stopping"] = {name: asdict(learned) for name, learned in measured.stopping.items()}
             else:
                 candidate["files"] |= {name: newest["files"][name] for name in MEASURED}
+                candidate["stopping"] = newest.get("stopping", {})
                 kept = self.root.kept(newest["files"]["evaluation.parquet"])
                 evaluate.check_floor(self.spec.evaluate, pl.read_parquet(kept))
         candidate["evaluation_key"] = key
@@ -345,7 +355,8 @@ class _Run:
         settings = self.spec.evaluate
         files = [storage.sha256(Path(name)) for name in (settings.queries, settings.qrels) if name]
         tables = {name: (entry["version"], entry["digest"]) for name, entry in candidate["tables"].items()}
-        search = self.spec.search.model_dump(mode="json")["cascade"]
+        chosen = self.spec.search.model_dump(mode="json")
+        search = [chosen[name] for name in ("cascade", "stop", "confidence")]
         basis = [tables, search, settings.k, list(settings.shortlists), files, self.spec.seed, FORMAT]
         return hashlib.sha256(storage.to_json(basis)).hexdigest()
 

@@ -16,6 +16,8 @@ from pipeline.values import parse, put
 from pipeline.vectors import Precision, bytes_per_row, vector_columns
 
 Auto = Literal["auto"]
+Stop = Literal["fixed", "margin", "predictor"]
+Engine = Literal["auto", "lance", "resident"]
 IndexKind = Literal["auto", "none", "ivf_flat", "ivf_sq", "ivf_rq", "hnsw_sq"]
 MAX_SPEC_BYTES = 2**20
 """Bytes of a spec."""
@@ -213,6 +215,22 @@ class Level(Section):
 class Search(Section):
     """How queries are answered."""
 
+    engine: Engine = Field(
+        "auto", description="lance: tables are read where they lie; resident: codes in memory; auto: chosen by size"
+    )
+    memory: int = Field(2_000_000_000, ge=0, description="bytes that codes held in memory may take")
+    stop: Stop = Field(
+        "fixed",
+        description="how many candidates meet the full vectors: the shortlist; up to five times it, until the margin "
+        "over those left is wide; or as many as a small network predicts from the query",
+    )
+    confidence: float = Field(
+        0.95,
+        ge=0.5,
+        le=0.99,
+        description="share of queries that get what the whole list would give, where stop is not fixed",
+    )
+    cache: bool = Field(False, description="also write codes and full vectors as files that searches map into memory")
     cascade: tuple[Level, ...] | None = Field(
         None, description="coarse to fine; null: the smallest table, shortlist max(200, 20 k); [] is exact"
     )

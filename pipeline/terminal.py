@@ -77,11 +77,10 @@ def print_hits(hits: pl.DataFrame) -> None:
 
 def print_steps(steps: Sequence[Mapping[str, Any]]) -> None:
     """What each level of a search did."""
-    table = Table("table", "dim", "engine", "scoring", "rows", "bytes", "shortlist", "ms", "note", box=None)
+    table = Table("table", "engine", "scoring", "rows", "bytes", "shortlist", "ms", "note", box=None)
     for step in steps:
         cells = [
-            step["table"],
-            str(step["dim"]),
+            step["table"] if step["dim"] is None else f"{step['table']}[:{step['dim']}]",
             step["engine"],
             step["scoring"],
             f"{step['rows']:,}",

@@ -56,7 +56,7 @@ class Codec:
             assert self.scale is not None
             return np.clip(np.rint(prefix / self.scale), -127, 127).astype(np.int8)
         if self.kind == "binary":
-            return np.packbits(self._rotate(prefix) > 0, axis=-1)
+            return np.packbits(self.rotated(prefix) > 0, axis=-1)
         return prefix.astype(self.kind)
 
     def scores(self, queries: Matrix, codes: Matrix, scoring: Scoring | None = None) -> Matrix:
@@ -73,8 +73,19 @@ class Codec:
             width = np.float32(signs.shape[1])
             if scoring == "hamming":
                 return np.asarray((_signs(self.encode(queries)) @ signs.T) / width)
-            return np.asarray(_exact_products(self._rotate(queries), signs) / np.sqrt(width))
-        return queries @ codes.astype(np.float32).T
+            return np.asarray(_exact_products(self.rotated(queries), signs) / np.sqrt(width))
+        return np.asarray(queries @ codes.astype(np.float32).T)
+
+    def scores_each(self, queries: Matrix, codes: Matrix, scoring: Scoring | None = None) -> Matrix:
+        """The same for each query's own codes [q, n, …], float32[q, n]."""
+        if self.kind != "binary":
+            scaled = queries if self.scale is None else queries * self.scale
+            return np.asarray((codes.astype(np.float32) @ scaled[:, :, None])[:, :, 0])
+        width = np.float32(codes.shape[-1] * 8)
+        if scoring == "hamming":
+            bits = np.bitwise_count(codes ^ self.encode(queries)[:, None]).sum(axis=-1, dtype=np.int64)
+            return np.asarray((width - 2 * bits.astype(np.float32)) / width, np.float32)
+        return sign_scores(self.rotated(queries), codes)
 
     def clipped_share(self, prefix: Matrix) -> float:
         """Share of numbers that int8 cuts off at ±127; 0.0 for the other kinds."""
@@ -82,7 +93,8 @@ class Codec:
             return 0.0
         return float((np.abs(np.rint(prefix / self.scale)) > 127).mean())
 
-    def _rotate(self, prefix: Matrix) -> Matrix:
+    def rotated(self, prefix: Matrix) -> Matrix:
+        """What a binary prefix's signs are taken of: the prefix turned, float32[n, dim]."""
         return prefix if self.rotation is None else prefix @ self.rotation
 
 
@@ -92,15 +104,32 @@ def _signs(codes: Matrix) -> Matrix:
 
 
 def _exact_products(queries: Matrix, signs: Matrix) -> Matrix:
-    """Dot products with signs, free of rounding whatever the order of summing, so that equal codes tie.
+    """Dot products with signs, free of rounding whatever the order of summing, so that equal codes tie."""
+    whole, step = _on_grid(queries)
+    return np.asarray((whole @ signs.T) * step, dtype=np.float32)
 
-    Queries are rounded to a grid on which every partial sum is a whole number below 2^24 (absolute error per
-    number at most 2^-24 of the row's sum of absolute values).
+
+def sign_scores(rotated: Matrix, codes: Matrix) -> Matrix:
+    """The asymmetric score of each rotated query [q, dim] with its own codes uint8[q, n, dim / 8], float32[q, n].
+
+    A table per byte of the code holds its 256 partial sums, all whole numbers on the query's grid.
+    """
+    whole, step = _on_grid(rotated)
+    width = codes.shape[-1]
+    tables = whole.reshape(len(whole), width, 8) @ _signs(np.arange(256, dtype=np.uint8)[:, None]).T
+    place = (np.arange(width) + np.arange(len(codes))[:, None] * width)[:, None] * 256
+    sums = np.take(tables.reshape(-1), place + codes).sum(axis=-1, dtype=np.float32)
+    return np.asarray((sums * step) / np.sqrt(np.float32(width * 8)), np.float32)
+
+
+def _on_grid(queries: Matrix) -> tuple[Matrix, Matrix]:
+    """Whole numbers float32[q, dim] and their step [q, 1]: every partial sum with signs is a whole number below 2^24.
+
+    The absolute error per number is at most 2^-24 of the row's sum of absolute values.
     """
     sums = np.abs(queries).sum(axis=1, keepdims=True)
     step = np.exp2(np.ceil(np.log2(np.maximum(sums, MIN_NORM))) - 23).astype(np.float32)
-    whole = np.rint(queries / step).astype(np.float32)
-    return np.asarray((whole @ signs.T) * step, dtype=np.float32)
+    return np.rint(queries / step).astype(np.float32), step
 
 
 def int8_scale(largest: Matrix) -> Matrix:

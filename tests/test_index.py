@@ -54,7 +54,7 @@ def test_every_kind_is_built_used_and_finds_what_exact_search_finds(spec, precis
     table = f"prefix_16_{precision}"
     generation = run(job)
     assert generation["tables"][table]["index"]["kind"] == kind
-    index = open_index(job.root)
+    index = open_index(job.root, engine="lance")
     assert index.explain("w001 w002")[0]["engine"] == kind
     found = index.search("w001 w002", k=5, cascade=[(table, 120)])
     exact = index.exact("w001 w002", k=5)
@@ -67,7 +67,7 @@ def test_every_kind_is_built_used_and_finds_what_exact_search_finds(spec, precis
 def test_a_filter_reaches_the_index(spec):
     job = spec(prefixes=with_index("float16", "ivf_flat"), corpus__filter=["lang"])
     run(job)
-    hits = open_index(job.root).search("w001 w002", k=10, where="lang = 'de'")
+    hits = open_index(job.root, engine="lance").search("w001 w002", k=10, where="lang = 'de'")
     assert set(hits["lang"]) == {"de"}
     assert len(hits) == 10
 
@@ -80,7 +80,7 @@ def test_an_index_finds_every_row_a_filter_leaves(spec, corpus_file, precision, 
     frame.write_parquet(corpus_file)
     job = spec(prefixes=with_index(precision, kind), corpus__filter=["rare"])
     run(job)
-    index = open_index(job.root)
+    index = open_index(job.root, engine="lance")
     queries = np.random.default_rng(0).standard_normal((20, DIM))
     hits = index.search(queries, k=20, where="rare = 77")
     assert hits.group_by("query").len()["len"].to_list() == [20] * 20

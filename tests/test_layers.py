@@ -8,14 +8,27 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "pipeline"
 LEVELS = [
     {"errors", "vectors", "metrics", "template", "sentences", "stopping", "limits", "reread"},
-    {"rotation", "nested", "values", "filters", "plots", "storage", "parquet", "lines", "recompute"},
+    {
+        "rotation",
+        "nested",
+        "values",
+        "filters",
+        "plots",
+        "storage",
+        "parquet",
+        "lines",
+        "recompute",
+        "resident",
+        "margin",
+    },
     {"transform", "html", "verify"},
     {"probe", "adaptor"},
     {"spec", "store", "docstrings", "tables", "ids", "lock", "ledger"},
     {"sources", "encoders", "workers", "repair"},
-    {"rows", "queries", "drift"},
+    {"rows", "queries", "drift", "views"},
     {"embedder", "levels"},
-    {"corpus", "embed", "export", "fit", "derive", "index", "search"},
+    {"corpus", "embed", "export", "fit", "derive", "index", "cascade", "cache"},
+    {"search"},
     {"evaluate", "sample"},
     {"querylog", "figures"},
     {"plan", "report", "terminal"},
@@ -27,12 +40,14 @@ ALLOWED = {
     "ray": {"workers"},
     "lancedb": {"index", "search", "store"},
     "lance": {"index", "search", "store", "reread"},
+    "faiss": {"resident"},
+    "numkong": {"resident"},
     "torch": {"encoders", "adaptor"},
     "sentence_transformers": {"encoders"},
     "transformers": {"encoders"},
     "huggingface_hub": {"encoders"},
 }
-LATE = {"ray", "torch", "sentence_transformers", "transformers", "huggingface_hub"}
+LATE = {"ray", "faiss", "numkong", "torch", "sentence_transformers", "transformers", "huggingface_hub"}
 """Packages that may only be imported inside a function."""
 
 

@@ -11,7 +11,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from pipeline import derive, nested, open_index, querylog, report, run, verify
+from pipeline import derive, nested, open_index, querylog, report, resident, run, verify
 from pipeline.errors import QueryError, SpecError
 from pipeline.levels import Hits
 from pipeline.spec import JobSpec
@@ -73,7 +73,7 @@ def queries():
 def wanted(index, queries):
     """Cosines of float32 prefixes at a dim, [q, rows]."""
     full = vector_matrix(index.documents.table.to_table(columns=["vector"]).column("vector"))
-    transform = index._transform(index.views[HALF])
+    transform = index.opened._transform(index.opened.views[HALF])
     return lambda dim: truncate(transform.apply(queries), dim) @ truncate(transform.apply(full), dim).T
 
 
@@ -130,7 +130,7 @@ def test_each_level_reads_the_new_block_alone(index, queries):
     """One query, float16: 120 rows x 8 x 2 bytes, then of 60 and of 30 rows 8 x 2 more, then 20 full vectors."""
     _, steps = index.rank(queries[:1], 5, None, None)
     assert [(step.dim, step.rows, step.bytes) for step in steps] == [
-        (8, 120, 1920), (16, 60, 960), (24, 30, 480), (DIM, 20, 20 * DIM * 2),
+        (8, 120, 1920), (16, 60, 960), (24, 30, 480), (None, 20, 20 * DIM * 2),
     ]  # fmt: skip
     assert [step.engine for step in steps] == ["scan", "take", "take", "take"]
 
@@ -168,8 +168,8 @@ def test_places_without_a_hit_stay_empty(index, queries):
     squares = np.where(offsets < 0, 0, first.lengths.squares).astype(np.float32)
     short = Hits(offsets, first.rows, np.where(offsets < 0, -np.inf, first.scores).astype(np.float32), first.lengths)
     short = Hits(short.offsets, short.rows, short.scores, nested.Lengths(HALF, 8, squares))
-    step = index.steps(5, [(HALF, 5, 16)], rescore=False)[0]
-    found = index.level(step, queries, short, 5, None)
+    step = index.opened.steps(5, [(HALF, 5, 16)], rescore=False)[0]
+    found = index.opened.level(step, queries, short, 5, None)
     assert (found.offsets[:, 3:] == -1).all()
     assert np.isneginf(found.scores[:, 3:]).all()
     assert np.isfinite(found.scores[:, :3]).all()
@@ -202,7 +202,7 @@ def test_blocks_side_by_side_are_the_plain_table(root, name, plain):
 def test_plain_lancedb_searches_the_first_block(root, index, queries):
     """Its cosine distance, of a query in half precision, is 1 - the score of the first level."""
     table = lancedb.connect(str(root / "lancedb")).open_table(HALF)
-    transform = index._transform(index.views[HALF])
+    transform = index.opened._transform(index.opened.views[HALF])
     query = truncate(transform.apply(queries[:1]), 8)[0]
     found = table.search(query, vector_column_name="vector_0_8").distance_type("cosine").limit(5).to_list()
     hits, _ = index.rank(queries[:1], 5, None, [(HALF, 5, 8)], rescore=False)
@@ -211,7 +211,7 @@ def test_plain_lancedb_searches_the_first_block(root, index, queries):
 
 
 def test_the_sweep_measures_every_block_end(root):
-    measured = pl.read_parquet(root / "evaluation.parquet").filter(choice=HALF)
+    measured = pl.read_parquet(root / "evaluation.parquet").filter(pl.col("mode") != "margin", choice=HALF)
     full = DIM * 2
     finest = 24 * 4  # prefix_24_float32_nested
     assert measured.select("mode", "dim", "bytes_per_row").rows() == [
@@ -234,8 +234,8 @@ def test_without_a_cascade_the_first_block_is_scanned(index, tmp_path, model):
     values = job_values(tmp_path, model) | {"search": {}}
     values["prefixes"] = values["prefixes"][:1]
     run(JobSpec.of(values))
-    assert open_index(tmp_path / "root").cascade(5) == [(HALF, 200, 8)]
-    assert index.default_cascade(5) == [("prefix_8_binary", 200, "auto")]
+    assert open_index(tmp_path / "root").opened.cascade(5) == [(HALF, 200, 8)]
+    assert index.opened.default_cascade(5) == [("prefix_8_binary", 200, "auto")]
 
 
 def test_a_rerun_does_nothing_and_other_blocks_are_derived_anew(tmp_path, model):
@@ -340,8 +340,8 @@ def test_a_filter_column_cannot_have_the_name_of_a_block(values):
 def test_a_row_of_a_block_is_read_without_its_neighbours(index):
     """Lance packs short vectors into chunks unless it is told not to; this setting is what takes of a block rest on."""
     for name in (HALF, BYTES, SINGLE):
-        for column in index.views[name].columns:
-            settings = index.views[name].table.schema.field(column).metadata
+        for column in index.opened.views[name].columns:
+            settings = index.opened.views[name].table.schema.field(column).metadata
             assert settings == {b"lance-encoding:structural-encoding": b"fullzip"}
 
 
@@ -355,11 +355,11 @@ def test_the_page_names_the_dims_of_the_cascade(root):
 
 def test_explain_and_the_query_log_name_the_dims(root, index, tmp_path):
     steps = index.explain(np.ones(DIM))
-    assert [step["dim"] for step in steps] == [8, 16, 24, DIM]
+    assert [step["dim"] for step in steps] == [8, 16, 24, None]
     corpus_frame(4).select("_id", "text").write_parquet(tmp_path / "queries.parquet")
     copy = Root(Path(shutil.copytree(root, tmp_path / "root")))
     log = querylog.run(str(tmp_path / "queries.parquet"), open_index(copy.path), 3, 0, copy)
-    assert log["cascade"].to_list() == [f"{HALF}[:8] 60 > {HALF}[:16] 30 > {HALF} 20"]
+    assert log["cascade"].to_list() == [f"{HALF}[:8] 60 > {HALF}[:16] 30 > {HALF}[:24] 20"]
 
 
 def test_a_run_that_was_stopped_between_tables_goes_on(root, tmp_path, model, monkeypatch):
@@ -394,3 +394,22 @@ def test_metadata_that_names_other_blocks_is_found(root, tmp_path):
     rewrite(copy, HALF, renamed)
     told = f"lancedb/{HALF}.lance: its metadata says blocks [8, 24], not [8, 16, 24]"
     assert told in verify.run(copy).problems
+
+
+@pytest.mark.parametrize("engine", ["lance", "auto", "resident"])
+def test_blocks_are_read_whatever_engine_serves_the_others(root, index, queries, engine):
+    if engine == "resident" and resident.available():
+        pytest.skip(resident.available())
+    opened = open_index(root, engine=engine)
+    assert opened.opened.holdings[HALF] == "its blocks are read as they are needed"
+    for cascade in (None, [("prefix_8_binary", 60), (HALF, 30, 16), (HALF, 20)]):
+        assert opened.search(queries, 5, cascade=cascade).equals(index.search(queries, 5, cascade=cascade))
+
+
+def test_files_for_mapping_leave_nested_tables_out(tmp_path, model):
+    values = job_values(tmp_path, model)
+    values["search"]["cache"] = True
+    made = run(JobSpec.of(values))
+    assert {"documents", "prefix_24_int8"} <= made["cache"].keys()
+    assert not {HALF, BYTES, SINGLE} & made["cache"].keys()
+    assert verify.run(tmp_path / "root").is_whole

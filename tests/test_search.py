@@ -42,9 +42,9 @@ def root(tmp_path_factory, model):
     return folder / "root"
 
 
-@pytest.fixture(scope="module")
-def index(root):
-    return open_index(root)
+@pytest.fixture(scope="module", params=["lance", "resident"])
+def index(root, request):
+    return open_index(root, engine=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_a_shortlist_of_everything_is_exact(index):
 
 @pytest.mark.parametrize("name", ["prefix_16_int8", "prefix_8_binary", "prefix_16_float16", "prefix_24_float32"])
 def test_a_level_ranks_by_its_own_codes(index, full, name):
-    view, transform = index.views[name], index._transform(index.views[name])
+    view, transform = index.opened.views[name], index.opened._transform(index.opened.views[name])
     query = unit(np.random.default_rng(3).standard_normal((1, DIM)))
     hits, _ = index.rank(query, 5, None, [(name, 5)], rescore=False)
     prefix = truncate(transform.apply(query), view.info.dim)
@@ -203,7 +203,54 @@ def test_tables_out_of_step_are_noticed(root):
     from pipeline.levels import Step, rescored
 
     with pytest.raises(DamageError, match="other rows"):
-        rescored(index.documents, np.ones((1, DIM), np.float32), shifted, 5, Step("", "", 5))
+        rescored(index.documents, np.ones((1, DIM), np.float32), shifted, 5, Step("", "", 5), None)
+
+
+@pytest.mark.parametrize("where", [None, "lang = 'de'", "year > 2020 AND lang != 'fr'", "lang = 'nowhere'"])
+@pytest.mark.parametrize("cascade", [CASCADE, [("prefix_8_binary", 20, "hamming")], [("prefix_24_float32", 30)], []])
+def test_both_engines_answer_alike(root, cascade, where):
+    queries = np.random.default_rng(2).standard_normal((30, DIM))
+    held, read = open_index(root, engine="resident"), open_index(root, engine="lance")
+    assert held.search(queries, where=where, cascade=cascade).equals(read.search(queries, where=where, cascade=cascade))
+    engines = {step["engine"] for step in held.explain(queries[0], where=where, cascade=cascade)}
+    assert engines == ({"resident"} if cascade else {"scan"})
+
+
+def test_what_does_not_fit_in_memory_is_read(root):
+    index = open_index(root, engine="resident", memory=120 * (1 + 1 + 16 + 16))
+    assert [name for name, why in index.opened.holdings.items() if not why] == ["prefix_8_binary", "prefix_16_int8"]
+    first, second, last = index.explain("w001", cascade=CASCADE)
+    assert (first["engine"], second["engine"], last["engine"]) == ("resident", "resident", "take")
+    assert "0 MB are more than search.memory leaves" in index.opened.holdings["documents"]
+
+
+def test_similar_leaves_the_row_itself_out(index):
+    row = index.exact("w001 w002", k=1)
+    hits = index.similar(row["id"][0], k=5, cascade=[])
+    vector = full_vector(index, row["row"][0])
+    assert hits["row"].to_list() == index.exact(vector, k=6)["row"].to_list()[1:]
+    assert hits["rank"].to_list() == [1, 2, 3, 4, 5]
+    with pytest.raises(QueryError, match="there is no id \"x' OR '1'='1\""):
+        index.similar("x' OR '1'='1")
+
+
+def full_vector(index, row):
+    taken = index.documents.table.to_table(columns=["vector"], filter=f"row = {row}")
+    return vector_matrix(taken.column("vector"))[0]
+
+
+def test_columns_are_read_as_asked(index):
+    assert index.search("w001", columns=["lang"]).columns == ["rank", "id", "score", "row", "lang"]
+    assert index.search(["w001"], columns=[]).columns == ["query", "rank", "id", "score", "row"]
+    with pytest.raises(QueryError, match="columns: there is no 'vector'"):
+        index.search("w001", columns=["vector"])
+
+
+def test_asyncio(index):
+    async def many():
+        return await asyncio.gather(*(index.search_async("w001 w002", k=3) for _ in range(4)))
+
+    assert all(found.equals(index.search("w001 w002", k=3)) for found in asyncio.run(many()))
 
 
 def test_searches_from_threads_agree(index):
@@ -216,10 +263,10 @@ def test_searches_from_threads_agree(index):
 
 
 def test_codec_of_a_table_comes_from_its_metadata(index):
-    view = index.views["prefix_16_int8"]
+    view = index.opened.views["prefix_16_int8"]
     assert view.codec.scale is not None
     assert view.codec.scale.shape == (16,)
-    bits = index.views["prefix_8_binary"].codec
+    bits = index.opened.views["prefix_8_binary"].codec
     assert bits.kind == "binary"
     assert bits.rotation.shape == (8, 8)
 
@@ -228,9 +275,9 @@ def test_scores_of_codes_alone_are_cosines_of_prefixes(index):
     """The query is cut, brought back to length 1 and turned as the rows were."""
     query = unit(np.random.default_rng(0).standard_normal((1, DIM)))
     for table in ("prefix_16_float16", "prefix_16_int8"):
-        view = index.views[table]
+        view = index.opened.views[table]
         hits, _ = index.rank(query, 5, None, [(table, 5)], rescore=False)
         documents = vector_matrix(index.documents.table.to_table(columns=["vector"]).column("vector"))
-        transform = Transform.unstacked("pca", index._matrices[view.info.transform["parameters"]])
+        transform = Transform.unstacked("pca", index.opened._matrices[view.info.transform["parameters"]])
         wanted = truncate(transform.apply(query), 16) @ truncate(transform.apply(documents), 16).T
         assert np.allclose(hits.scores[0], np.sort(wanted[0])[::-1][:5], atol=0.02)

@@ -148,7 +148,9 @@ def measure(rows: int, full: int, count: int, repeats: int, precision: Any, fold
     versions |= {table.name: table.version for some in tables.values() for table in some}
     generation = {
         "tables": {name: {"version": version, "index": None} for name, version in versions.items()},
-        "spec": {"search": {"cascade": None}, "corpus": {"filter": []}},
+        "spec": {"search": {"cascade": None, "engine": "lance", "memory": 0}, "corpus": {"filter": []}},
+        "corpus": {"quarantined": 0},
+        "cache": {},
     }
     index = Index(root, generation)
     cascades = {
@@ -164,8 +166,8 @@ def measure(rows: int, full: int, count: int, repeats: int, precision: Any, fold
         mine, colder = ([one for one in every if one["way"] == way] for every in (warm, cold))
         hits = [len(set(one["rows"]) & set(truth)) for one, truth in zip(mine, exact.rows.tolist(), strict=True)]
         found[way] = {
-            "tables": {one.name: store.data_bytes(index.views[one.name].table) for one in some},
-            "stored_bytes": sum(store.data_bytes(index.views[one.name].table) for one in some),
+            "tables": {one.name: store.data_bytes(index.opened.views[one.name].table) for one in some},
+            "stored_bytes": sum(store.data_bytes(index.opened.views[one.name].table) for one in some),
             "write_seconds": round(float(np.median(spent[way][1:])), 3),
             "needed_bytes": middle(mine, "needed"), "asked_bytes": middle(mine, "asked"),
             "level_bytes": middle(mine, "levels"), "level_ms": middle(mine, "level_ms"),
