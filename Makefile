@@ -2,11 +2,16 @@
 JOB ?= jobs/demo.yaml
 SEED ?= 0
 MINUTES ?= 60
+ROWS ?= 500000
+DIM ?= 768
+OUT ?= output/bench-search
+VECTORS ?=
+ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: embed test setup lint schemas faults clean help
+.PHONY: embed test setup lint schemas faults bench-search clean help
 
 help:            ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /	/'
@@ -29,6 +34,10 @@ schemas: $(READY) ## write schemas/job.schema.json from the models
 
 faults: $(READY) ## kills, lost power, full disks, races, damage: make faults SEED=0 MINUTES=60
 	$(BIN)/python -m tests.faults --seed $(SEED) --minutes $(MINUTES)
+
+bench-search: $(READY) ## beside LanceDB, faiss, usearch: make bench-search ROWS=500000 DIM=768 OUT=… or VECTORS=folder
+	$(BIN)/python -m pip install -q -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m tests.bench --rows $(ROWS) --dim $(DIM) --out $(OUT) $(if $(VECTORS),--vectors $(VECTORS)) $(ARGS)
 
 clean:           ## remove .venv and caches; output/ is kept
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

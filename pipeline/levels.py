@@ -51,6 +51,10 @@ class Hits:
         empty = np.zeros((queries, 0), np.int64)
         return cls(empty, empty, np.zeros((queries, 0), np.float32))
 
+    def first(self, k: int) -> "Hits":
+        """The best k of each query."""
+        return Hits(self.offsets[:, :k], self.rows[:, :k], self.scores[:, :k])
+
 
 @dataclass
 class Step:

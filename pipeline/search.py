@@ -12,8 +12,8 @@ from typing import Any, get_args
 import numpy as np
 import polars as pl
 
-from pipeline import ledger
-from pipeline.cascade import Cascade, Opened
+from pipeline import anytime, ledger
+from pipeline.cascade import QUERIES_AT_ONCE, Cascade, Level, Opened
 from pipeline.encoders.queries import QueryEncoder
 from pipeline.errors import QueryError, StaleError
 from pipeline.levels import Hits, Step
@@ -89,31 +89,30 @@ class Index:
         cascade: Cascade | None = None,
         columns: Sequence[str] | None = None,
         stop: Stop | None = None,
+        deadline_ms: float | None = None,
     ) -> pl.DataFrame:
         """The k nearest rows of each query: rank (from 1), id, score, row, text, carried columns.
 
         A text gives one table; a list or a float array [n, full_dim] gives `query` (0, 1, …) first. `cascade`
         overrides the spec's: a list of (table, shortlist), (table, shortlist, scoring) or, of a table with blocks,
         (table, shortlist, dim); [] is exact. `columns` names what is read beside rank, id, score and row (null:
-        everything). `stop` (fixed, margin, predictor) overrides the spec's. `score` is the float32 cosine with the full
-        vector. QueryError (a ValueError) for a bad query, filter, k, cascade or column.
+        everything). `stop` (fixed, margin, predictor) overrides the spec's. `deadline_ms` takes the cascade as far, and
+        its shortlists as wide, as that time allows, and adds how far that was: `level` (the table that ranked the
+        answer) and `shortlist`. `score` is the float32 cosine with the full vector. QueryError (a ValueError) for a bad
+        query, filter, k, cascade or column.
         """
         opened = self.opened
         vectors, single = self._vectors(queries)
-        hits, _ = _rank(opened, vectors, k, where, cascade, stop=stop)
-        return _frame(opened, hits, single, columns)
+        if deadline_ms is None:
+            hits, _ = _rank(opened, vectors, k, where, cascade, stop=stop)
+            return _frame(opened, hits, single, columns)
+        hits, _, reached = _in_time(opened, vectors, k, where, cascade, deadline_ms)
+        far = {"level": pl.lit(reached.table), "shortlist": pl.lit(reached.shortlist, pl.Int64)}
+        return _frame(opened, hits, single, columns).with_columns(**far)
 
-    async def search_async(
-        self,
-        queries: str | Sequence[str] | Matrix,
-        k: int = 10,
-        where: str | None = None,
-        cascade: Cascade | None = None,
-        columns: Sequence[str] | None = None,
-        stop: Stop | None = None,
-    ) -> pl.DataFrame:
-        """`search` in a thread, for asyncio."""
-        return await asyncio.to_thread(self.search, queries, k, where, cascade, columns, stop)
+    async def search_async(self, *arguments: Any, **options: Any) -> pl.DataFrame:
+        """`search`, with the same arguments, in a thread, for asyncio."""
+        return await asyncio.to_thread(self.search, *arguments, **options)
 
     def exact(self, queries: str | Sequence[str] | Matrix, k: int = 10, where: str | None = None) -> pl.DataFrame:
         """The same over the full vectors of every row."""
@@ -134,10 +133,14 @@ class Index:
         where: str | None = None,
         cascade: Cascade | None = None,
         stop: Stop | None = None,
+        deadline_ms: float | None = None,
     ) -> list[dict[str, Any]]:
         """Run one search and tell what each level did: table, engine, rows and bytes read, shortlist, milliseconds."""
         vectors, _ = self._vectors(query)
-        _, steps = _rank(self.opened, vectors, k, where, cascade, stop=stop)
+        if deadline_ms is None:
+            _, steps = _rank(self.opened, vectors, k, where, cascade, stop=stop)
+        else:
+            _, steps, _ = _in_time(self.opened, vectors, k, where, cascade, deadline_ms)
         return [vars(step) for step in steps]
 
     def rank(
@@ -190,14 +193,29 @@ def _rank(
     rescore: bool = True,
     stop: Stop | None = None,
 ) -> tuple[Hits, list[Step]]:
+    levels = _levels(opened, k, cascade)
+    if stop not in (None, *get_args(Stop)):
+        raise QueryError(f"stop is {', '.join(get_args(Stop))}, not {stop!r}")
+    return opened.rank(vectors, k, opened.clause(where), levels, rescore, stop or opened.stop)
+
+
+def _in_time(
+    opened: Opened, vectors: Matrix, k: int, where: str | None, cascade: Cascade | None, milliseconds: float
+) -> tuple[Hits, list[Step], anytime.Reached]:
+    levels = _levels(opened, k, cascade)
+    if isinstance(milliseconds, bool) or not isinstance(milliseconds, int | float) or not milliseconds > 0:
+        raise QueryError(f"deadline_ms must be a number above 0, not {milliseconds!r}")
+    if len(vectors) > QUERIES_AT_ONCE:
+        raise QueryError(f"deadline_ms is for at most {QUERIES_AT_ONCE} queries in a call, not {len(vectors)}")
+    return anytime.run(opened, vectors, k, opened.clause(where), levels, milliseconds)
+
+
+def _levels(opened: Opened, k: int, cascade: Cascade | None) -> list[Level]:
     if isinstance(k, bool) or not isinstance(k, int | np.integer):
         raise QueryError(f"k must be a whole number, not {k!r}")
     if k < 1:
         raise QueryError(f"k must be at least 1, not {k}")
-    levels = opened.cascade(k) if cascade is None else opened.levels(cascade)
-    if stop not in (None, *get_args(Stop)):
-        raise QueryError(f"stop is {', '.join(get_args(Stop))}, not {stop!r}")
-    return opened.rank(vectors, k, opened.clause(where), levels, rescore, stop or opened.stop)
+    return opened.cascade(k) if cascade is None else opened.levels(cascade)
 
 
 def _frame(opened: Opened, hits: Hits, single: bool, columns: Sequence[str] | None) -> pl.DataFrame:

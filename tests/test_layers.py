@@ -28,6 +28,7 @@ LEVELS = [
     {"rows", "queries", "drift", "views"},
     {"embedder", "levels"},
     {"corpus", "embed", "export", "fit", "derive", "index", "cascade", "cache"},
+    {"anytime"},
     {"search"},
     {"evaluate", "sample"},
     {"querylog", "figures"},

@@ -413,3 +413,9 @@ def test_files_for_mapping_leave_nested_tables_out(tmp_path, model):
     assert {"documents", "prefix_24_int8"} <= made["cache"].keys()
     assert not {HALF, BYTES, SINGLE} & made["cache"].keys()
     assert verify.run(tmp_path / "root").is_whole
+
+
+def test_a_deadline_ends_between_blocks_too(index, queries):
+    hits = index.search(queries, 5, deadline_ms=1e-9)
+    assert set(hits["level"]) == {f"{HALF}[:8]"}
+    assert index.search(queries, 5, deadline_ms=60_000)["level"].unique().to_list() == ["documents"]

@@ -147,7 +147,7 @@ def measure(rows: int, full: int, count: int, repeats: int, precision: Any, fold
     versions = {DOCUMENTS: parent.version, PARAMETERS: 1}
     versions |= {table.name: table.version for some in tables.values() for table in some}
     generation = {
-        "tables": {name: {"version": version, "index": None} for name, version in versions.items()},
+        "tables": {name: {"version": version, "index": None, "rows": rows} for name, version in versions.items()},
         "spec": {"search": {"cascade": None, "engine": "lance", "memory": 0}, "corpus": {"filter": []}},
         "corpus": {"quarantined": 0},
         "cache": {},
