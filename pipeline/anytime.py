@@ -22,7 +22,7 @@ SLOWER = 1.5
 
 @dataclass(frozen=True)
 class Reached:
-    """What ranked the answer: the last level's table, and the first level's shortlist."""
+    """What ranked the answer: the last level's table (a nested one with its dim), and the first level's shortlist."""
 
     table: str
     shortlist: int
@@ -62,7 +62,7 @@ def _descend(
         step.milliseconds = clock.spent() - start
         done.append(step)
     assert hits is not None
-    table = done[-1].table
+    table = done[-1].shown
     if table != DOCUMENTS:
         done.append(Step(DOCUMENTS, "", k, note=f"the time was over after {table}: only its best {k} rows"))
         hits = opened.level(done[-1], vectors, hits.first(k), k, clause)

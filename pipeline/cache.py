@@ -22,6 +22,8 @@ def run(tables: Mapping[str, tuple[int, str]], root: Root) -> dict[str, str]:
     book = Ledger(root, "cache")
     found = {}
     for name, (version, digest) in tables.items():
+        if "vector" not in store.open_table(store.table_uri(root, name), version).schema.names:
+            continue  # nested blocks are read as they are needed
         slot = book.slot(
             f"{name}-{digest[:16]}", lambda record: root.size(kept_name(record["sha256"])) == record["bytes"]
         )

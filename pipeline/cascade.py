@@ -24,7 +24,6 @@ from pipeline.errors import DamageError, QueryError, SpecError
 from pipeline.levels import (
     Hits,
     Step,
-    View,
     allowed,
     from_index,
     joined,
@@ -36,11 +35,12 @@ from pipeline.levels import (
 )
 from pipeline.margin import WIDEST, Line, Stopping
 from pipeline.resident import Held
-from pipeline.spec import Engine, Stop, check_cascade
+from pipeline.spec import Engine, Stop, check_blocks, check_cascade
 from pipeline.storage import Root, kept_name
 from pipeline.tables import DOCUMENTS, PARAMETERS, TableInfo, matrices, vector_matrix
 from pipeline.transform import Transform
 from pipeline.vectors import Matrix, Scoring, truncate, unit
+from pipeline.views import View
 
 QUERIES_AT_ONCE = 256
 """Queries that share one scan; bounds memory at 256 x 8,192 scores."""
@@ -48,8 +48,9 @@ SCANNED_BYTES = 256_000_000
 """Codes beyond this are left to an index where there is one (about 10 ms at the 27 GB/s that one core reads here)."""
 FILTERS = 16
 """Filters whose rows are remembered."""
-Level = tuple[str, int, str]
-"""Table, shortlist, and how binary codes are scored: auto, asymmetric or hamming."""
+Level = tuple[str, int, str | int]
+"""Table, shortlist, and how: binary codes are scored (auto, asymmetric or hamming), or far a nested table is read (a
+dim; auto: all)."""
 Cascade = Sequence[Level | tuple[str, int]]
 
 
@@ -125,27 +126,30 @@ class Opened:
         levels = self.generation["spec"]["search"]["cascade"]
         if levels is None:
             return self.default_cascade(k)
-        return [(one["table"], one["shortlist"], one.get("scoring", "auto")) for one in levels]
+        return [(one["table"], one["shortlist"], one.get("dim") or one.get("scoring", "auto")) for one in levels]
 
     def default_cascade(self, k: int) -> list[Level]:
-        """The table with the fewest bytes per row, shortlist max(200, 20 k)."""
-        prefixes = [view for view in self.views.values() if not view.is_full]
-        smallest = min(prefixes, key=lambda view: (view.row_bytes, view.name))
-        return [(smallest.name, max(200, 20 * k), "auto")]
+        """The table whose scan reads the fewest bytes per row, shortlist max(200, 20 k)."""
+        firsts = [view.at(view.hows[0]) for view in self.views.values() if not view.is_full]
+        smallest = min(firsts, key=lambda view: (view.row_bytes, view.name))
+        return [(smallest.name, max(200, 20 * k), smallest.info.dim if smallest.info.blocks else "auto")]
 
     def levels(self, cascade: Cascade) -> list[Level]:
         """A caller's cascade, checked; QueryError where it cannot be run."""
         try:
             levels: list[Level] = [
-                (str(table), int(size), str(*how) if how else "auto") for table, size, *how in cascade
+                (str(table), int(size), _how(*how) if how else "auto") for table, size, *how in cascade
             ]
         except (ValueError, TypeError):
             raise QueryError(f"a cascade is a list of (table, shortlist), not {cascade!r}") from None
         try:
             check_cascade([(table, size) for table, size, _ in levels], [n for n in self.views if n != DOCUMENTS])
+            dims = [(table, how if isinstance(how, int) else None) for table, _, how in levels]
+            check_blocks(dims, {view.name: view.info.blocks for view in self.views.values()})
         except ValueError as error:
             raise QueryError(str(error)) from None
-        wrong = [how for _, _, how in levels if how not in ("auto", "asymmetric", "hamming")]
+        scorings = [how for _, _, how in levels if isinstance(how, str)]
+        wrong = [how for how in scorings if how not in ("auto", "asymmetric", "hamming")]
         if wrong:
             raise QueryError(f"cascade: scoring is auto, asymmetric or hamming, not {wrong[0]!r}")
         return levels
@@ -194,7 +198,8 @@ class Opened:
             if view.codec.kind == "binary":
                 by_index = number == 0 and self._asks_index(view) and how != "asymmetric"
                 scoring = "hamming" if by_index or how == "hamming" else "asymmetric"
-            steps.append(Step(table, "", max(size, k), scoring, note=note))
+            dim = view.at(how).info.dim if view.info.blocks else None
+            steps.append(Step(table, "", max(size, k), scoring, note=note, dim=dim))
         if rescore or not steps:
             steps.append(Step(DOCUMENTS, "", k))
         return steps
@@ -215,7 +220,7 @@ class Opened:
 
     def level(self, step: Step, queries: Matrix, hits: Hits | None, keep: int, where: str | None) -> Hits:
         """One level: the best `keep` of the whole table, or of the hits that an earlier level left."""
-        view = self.views[step.table]
+        view = self.views[step.table].at(step.dim)
         prefixes = self._prefixes(view, queries)
         if hits is not None:
             return rescored(view, prefixes, hits, keep, step, self._codes(view))
@@ -304,7 +309,9 @@ class Opened:
         for view in sorted(self.views.values(), key=lambda one: (one.is_full, one.row_bytes, one.name)):
             size, is_mapped = self.row_count * view.row_bytes, view.name in self._files
             needed = size * (not is_mapped) + size * (not view.is_full)
-            if self.engine == "lance":
+            if view.info.blocks:
+                found[view.name] = "its blocks are read as they are needed"
+            elif self.engine == "lance":
                 found[view.name] = "search.engine is lance"
             elif missing:
                 found[view.name] = missing
@@ -330,6 +337,10 @@ class Opened:
                 )
             self._transforms[name] = Transform.unstacked(view.info.transform["kind"], self._matrices[name])
         return self._transforms[name]
+
+
+def _how(given: Any) -> str | int:
+    return int(given) if isinstance(given, int | np.integer) else str(given)
 
 
 def _filter_column(kind: pa.DataType) -> filters.Column:

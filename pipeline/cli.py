@@ -122,7 +122,7 @@ def validate(job: Job, sets: Sets = None, as_json: AsJson = False) -> None:
     else:
         size = "rows not known yet" if rows is None else f"{rows:,} rows"
         out.print(f"{plain(job)} is valid: {len(files)} corpus file(s), {size}, model {plain(folder.name)}")
-    if rows is not None and rows > WARN_SCAN_ROWS and _first_table(spec).endswith("int8"):
+    if rows is not None and rows > WARN_SCAN_ROWS and "_int8" in _first_table(spec):
         err.print(
             f"[yellow]warning:[/] {_first_table(spec)} comes first in the cascade and LanceDB cannot index int8, "
             f"so each query scans all {rows:,} rows; begin with a binary or float16 table",
@@ -133,7 +133,7 @@ def validate(job: Job, sets: Sets = None, as_json: AsJson = False) -> None:
 def _first_table(spec: JobSpec) -> str:
     if spec.search.cascade:
         return spec.search.cascade[0].table
-    return min(spec.prefixes, key=lambda prefix: (prefix.bytes_per_row, prefix.table)).table
+    return spec.smallest.table
 
 
 @app.command("plan")
@@ -252,7 +252,7 @@ def _cascade(spec: JobSpec | None, index: Index, k: int) -> list[Level] | None:
     levels = spec.search.cascade
     if levels is None:
         return index.opened.default_cascade(k)
-    return [(level.table, level.shortlist, level.scoring) for level in levels]
+    return [(level.table, level.shortlist, level.how) for level in levels]
 
 
 def _explain(steps: list[dict[str, Any]], as_json: bool) -> None:

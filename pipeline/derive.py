@@ -25,10 +25,10 @@ from pipeline.tables import (
     FittedPrefix,
     Parent,
     TableInfo,
+    block_arrays,
     combined_digest,
     logical_digest,
     prefix_schema,
-    vector_array,
     vector_matrix,
 )
 from pipeline.vectors import truncate
@@ -55,6 +55,10 @@ class Table:
     def transform(self) -> str | None:
         """Digest of its transform."""
         return self.info.transform.get("parameters")
+
+    def schema(self, filters: Mapping[str, pa.DataType]) -> pa.Schema:
+        """Its columns, without metadata."""
+        return prefix_schema(self.info.dim, self.info.precision, filters, self.info.blocks)
 
 
 @dataclass(frozen=True)
@@ -120,15 +124,17 @@ def _table(prefix: Prefix, parent: Parent, fits: Fits) -> Table:
         parent.info,
         dim=prefix.dim,
         precision=prefix.precision,
-        metric="hamming" if prefix.precision == "binary" else "dot",
+        metric="cosine" if prefix.blocks else "hamming" if prefix.precision == "binary" else "dot",
         transform={"kind": fitted.transform.kind} | ({"parameters": name} if name else {}),
         codec=shown
         | ({"scale": scale} if scale else {})
         | ({"rotation": rotation} if prefix.precision == "binary" else {}),
         parent="documents",
         parent_version=parent.version,
+        blocks=prefix.blocks,
     )
-    key = f"{FORMAT} {parent.digest} {name} {prefix.table} {scale} {rotation} {UNIT_ROWS}"
+    named = f"{prefix.table} {list(prefix.blocks)}" if prefix.blocks else prefix.table
+    key = f"{FORMAT} {parent.digest} {name} {named} {scale} {rotation} {UNIT_ROWS}"
     return Table(prefix.table, hashlib.sha256(key.encode()).hexdigest()[:16], info, fitted)
 
 
@@ -179,9 +185,9 @@ class _Deriver:
             for table in tables:
                 prefix = truncate(transformed[table.transform], table.info.dim)
                 clipped[table.name] += table.fitted.codec.clipped_share(prefix) * batch.num_rows
-                columns = [*(batch.column(name) for name in names), vector_array(table.fitted.codec.encode(prefix))]
-                schema = prefix_schema(table.info.dim, table.info.precision, self._filters)
-                parts[table.name].append(pa.RecordBatch.from_arrays(columns, schema=schema))
+                codes = block_arrays(table.fitted.codec.encode(prefix), table.info.blocks)
+                columns = [*(batch.column(name) for name in names), *codes]
+                parts[table.name].append(pa.RecordBatch.from_arrays(columns, schema=table.schema(self._filters)))
             self.progress = Progress(self.progress.rows + batch.num_rows)
         for table, slot in unit.tables:
             self._write(slot, table, parts[table.name], clipped[table.name])
@@ -203,7 +209,7 @@ class _Deriver:
 def _publish(table: Table, units: int, filters: Mapping[str, pa.DataType], root: Root, afresh: bool) -> Derived:
     """Commit a table's units in order."""
     records = [_slot(root, table, number).done for number in range(units)]
-    schema = table.info.to_schema(prefix_schema(table.info.dim, table.info.precision, filters))
+    schema = table.info.to_schema(table.schema(filters))
     fragments = [fragment for record in records for fragment in record["fragments"]]
     version = store.commit(root, table.name, schema, fragments, afresh)
     rows = sum(record["rows"] for record in records)

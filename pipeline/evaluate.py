@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from pipeline import margin, queries as files
 from pipeline.cascade import QUERIES_AT_ONCE, Level
 from pipeline.errors import FloorError
-from pipeline.levels import Hits, View, best_of, joined, ranked_columns
+from pipeline.levels import Hits, best_of, joined, ranked_columns
 from pipeline.margin import Stopping
 from pipeline.metrics import METRICS, interval, judged, recall_exact, without_own
 from pipeline.search import Index
@@ -27,6 +28,7 @@ from pipeline.spec import Evaluate, Stop
 from pipeline.storage import Root
 from pipeline.tables import DOCUMENTS, vector_matrix
 from pipeline.vectors import Matrix, unit
+from pipeline.views import View
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +129,7 @@ def run(settings: Evaluate, index: Index, seed: int, root: Root) -> Measured:
     knowing = copy.copy(index)
     knowing.opened = index.opened.knowing(stopping)
     last = [
-        *_adaptive(sweep, stopping),
+        *_adaptive(sweep, stopping, index),
         Setting("cascade", "cascade", tuple(index.opened.cascade(settings.k)), stop=index.opened.stop),
         Setting("exact", "exact", ()),
     ]
@@ -190,12 +192,12 @@ def _sweep(index: Index, settings: Evaluate) -> list[Setting]:
     finest = _finest(index)
     sweep = []
     for view in index.opened.views.values():
-        for scoring in _scorings(view):
-            sweep.append(Setting(view.name, "alone", ((view.name, k, scoring),), rescore=False))
-            sweep += [Setting(view.name, "rescored", ((view.name, length, scoring),)) for length in lengths]
-            if view is not finest:
+        for how in () if view.is_full else view.hows:
+            sweep.append(Setting(view.name, "alone", ((view.name, k, how),), rescore=False))
+            sweep += [Setting(view.name, "rescored", ((view.name, length, how),)) for length in lengths]
+            if view is not finest or view.at(how).info.dim < view.info.dim:
                 sweep += [
-                    Setting(view.name, "cascade", ((view.name, n, scoring), (finest.name, max(k, n // 4), "auto")))
+                    Setting(view.name, "cascade", ((view.name, n, how), (finest.name, max(k, n // 4), "auto")))
                     for n in lengths
                 ]
     return sweep
@@ -208,18 +210,11 @@ def _finest(index: Index) -> View:
     )
 
 
-def _scorings(view: View) -> list[str]:
-    if view.is_full:
-        return []
-    return ["asymmetric", "hamming"] if view.codec.kind == "binary" else ["auto"]
-
-
-def _adaptive(sweep: Sequence[Setting], stopping: Mapping[str, Stopping]) -> list[Setting]:
+def _adaptive(sweep: Sequence[Setting], stopping: Mapping[str, Stopping], index: Index) -> list[Setting]:
     """The adaptive shortlist beside the fixed ones of each table."""
     shortest: dict[str, Setting] = {}
     for one in sweep:
-        table, _, scoring = one.levels[0] if one.levels else ("", 0, "")
-        name = f"{table} {'dot' if scoring == 'auto' else scoring}"
+        name = index.opened.steps(0, one.levels, one.rescore)[0].name
         if one.mode == "rescored" and name in stopping:
             shortest.setdefault(name, replace(one, mode="margin", stop="margin"))
     return list(shortest.values())
@@ -258,14 +253,14 @@ def _rankings(
     candidates = dict.fromkeys(sweep, 0)
     for start in range(0, len(questions.vectors), QUERIES_AT_ONCE):
         vectors = questions.vectors[start : start + QUERIES_AT_ONCE]
-        coarse: dict[tuple[str, str], _Coarse] = {}
+        coarse: dict[tuple[str, str | int], _Coarse] = {}
         for setting in sweep:
             if setting.choice in index.opened.views and setting.stop == "fixed":
-                table, _, scoring = setting.levels[0]
-                if (table, scoring) not in coarse:
-                    coarse = {(table, scoring): _Coarse(index, vectors, table, scoring, _longest(sweep, asked))}
-                    pairs.add(coarse[table, scoring].name, start, *coarse[table, scoring].pair())
-                hits = coarse[table, scoring].ranked(setting, asked)
+                table, _, how = setting.levels[0]
+                if (table, how) not in coarse:
+                    coarse = {(table, how): _Coarse(index, vectors, table, how, _longest(sweep, asked))}
+                    pairs.add(coarse[table, how].name, start, *coarse[table, how].pair())
+                hits = coarse[table, how].ranked(setting, asked)
             else:
                 hits, steps = index.opened.rank(vectors, asked, None, setting.levels, setting.rescore, setting.stop)
                 candidates[setting] += steps[-1].candidates
@@ -288,9 +283,9 @@ def _longest(sweep: Sequence[Setting], asked: int) -> int:
 class _Coarse:
     """One table's longest shortlist for a block of queries, and the scores that finer passes give to it."""
 
-    def __init__(self, index: Index, vectors: Matrix, table: str, scoring: str, keep: int) -> None:
+    def __init__(self, index: Index, vectors: Matrix, table: str, how: str | int, keep: int) -> None:
         self._index, self._vectors = index, vectors
-        step = index.opened.steps(keep, [(table, keep, scoring)], rescore=False)[0]
+        step = index.opened.steps(keep, [(table, keep, how)], rescore=False)[0]
         self.name = step.name
         self._hits = index.opened.level(step, vectors, None, keep, None)
         self._scores: dict[str, Matrix] = {}
@@ -322,7 +317,7 @@ class _Coarse:
 def _columns(hits: Hits, picked: Any) -> Hits:
     if isinstance(picked, slice):
         return Hits(hits.offsets[:, picked], hits.rows[:, picked], hits.scores[:, picked])
-    return Hits(*(np.take_along_axis(part, picked, 1) for part in (hits.offsets, hits.rows, hits.scores)))
+    return hits.taken(picked)
 
 
 def timed(setting: Setting, vectors: Matrix, k: int, index: Index) -> NDArray[np.float64]:
@@ -376,8 +371,11 @@ def _names(offsets: NDArray[np.int64], index: Index) -> list[list[str]]:
 
 
 def _described(setting: Setting, k: int, index: Index) -> dict[str, Any]:
-    first = index.opened.views[setting.levels[0][0]] if setting.levels else index.documents
-    read = [index.opened.views[table] for table, *_ in setting.levels] + ([index.documents] if setting.rescore else [])
+    read = [index.opened.views[table].at(how) for table, _, how in setting.levels]
+    read += [index.documents] if setting.rescore else []
+    first, added = read[0], read[0].row_bytes
+    for before, view in pairwise(read):
+        added += view.at(view.info.dim, before.info.dim if view.name == before.name else 0).row_bytes
     step = index.opened.steps(k, setting.levels, setting.rescore)[0]
     return {
         "choice": setting.choice,
@@ -387,7 +385,7 @@ def _described(setting: Setting, k: int, index: Index) -> dict[str, Any]:
         "scoring": step.scoring,
         "shortlist": step.shortlist if setting.levels and setting.rescore else None,
         "k": k,
-        "bytes_per_row": sum(view.row_bytes for view in read),
+        "bytes_per_row": added,
     }
 
 
@@ -415,7 +413,8 @@ def _examples(
     rows: list[dict[str, Any]] = []
     for number in (worst + others)[:EXAMPLES]:
         own = None if questions.own_rows is None else questions.own_rows[number : number + 1]
-        ways = [(table, cascade.levels[: at + 1], False) for at, (table, *_) in enumerate(cascade.levels)]
+        names = [step.shown for step in index.opened.steps(k, cascade.levels, rescore=False)] if cascade.levels else []
+        ways = [(name, cascade.levels[: at + 1], False) for at, name in enumerate(names)]
         ways += [("cascade", cascade.levels, True), ("exact", (), True)]
         kept = set(mine.rows[number].tolist())
         for level, (table, levels, rescore) in enumerate(ways):

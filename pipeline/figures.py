@@ -227,7 +227,7 @@ def cascade(spec: JobSpec) -> list[str]:
     """Tables of the cascade, coarse to fine; the smallest table where the spec names none."""
     if spec.search.cascade is not None:
         return list(dict.fromkeys(level.table for level in spec.search.cascade))
-    return [min(spec.prefixes, key=lambda prefix: (prefix.bytes_per_row, prefix.table)).table]
+    return [spec.smallest.table]
 
 
 def advice(spec: JobSpec, plan: Plan, full_dim: int) -> list[str]:
@@ -241,7 +241,7 @@ def advice(spec: JobSpec, plan: Plan, full_dim: int) -> list[str]:
             "rows x dim x 4 bytes at 10 GB/s, assumed); keep the full vectors and skip the prefixes"
         )
     said += _about_prefixes(spec, plan.verdict)
-    if levels and levels[0].endswith("int8") and rows > INT8_SCAN_ROWS:
+    if levels and "_int8" in levels[0] and rows > INT8_SCAN_ROWS:
         said.append(
             f"{levels[0]} comes first in the cascade and LanceDB cannot index int8, so each query scans all "
             f"{rows:,} rows; begin with a binary or float16 table"

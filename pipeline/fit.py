@@ -211,7 +211,7 @@ class _Fitting:
 
         The kind never depends on the dims that are wanted, so that a table can be added later.
         """
-        wanted = sorted({prefix.dim for prefix in spec.prefixes})
+        wanted = sorted({dim for prefix in spec.prefixes for dim in prefix.dims})
         settings = spec.transform
         name = f"decision-{_key(self.sample.key, settings.kind, str(self.declared), str(wanted))}"
         record = self.ledger.once(name, lambda: self._decide(settings.kind, wanted))

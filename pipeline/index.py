@@ -60,6 +60,8 @@ def choose(prefix: Prefix, settings: Index, rows: int) -> tuple[IndexKind, str]:
     """The kind of index for a prefix table, and the reason."""
     if prefix.index.kind != "auto":
         return prefix.index.kind, "the spec says so"
+    if prefix.blocks:
+        return "none", "its blocks are scanned, each level the ones it needs"
     if prefix.precision == "int8":
         return "none", "LanceDB cannot index int8; it is scanned with its scales"
     if rows < settings.min_rows:

@@ -3,23 +3,22 @@
 Each takes unit query prefixes and gives `Hits`; a level knows nothing of the others.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline import resident, store
+from pipeline import nested, resident, store
 from pipeline.errors import DamageError
 from pipeline.margin import Line, Seen, marks
+from pipeline.nested import Lengths
 from pipeline.resident import Held
-from pipeline.tables import TableInfo, vector_matrix
-from pipeline.vectors import Codec, Matrix, Scoring, code_dtype, top, unit
+from pipeline.vectors import Matrix, Scoring, top
+from pipeline.views import View
 
 SCAN_ROWS = 8_192
-READ_ROWS = 65_536
 ROUNDING = 1e-4
 """Cosines by float32 products of 4,096 numbers differ from the exact ones by less than half of this."""
 TOGETHER = 32
@@ -27,72 +26,24 @@ TOGETHER = 32
 
 
 @dataclass(frozen=True)
-class View:
-    """One table at its pinned version, with what scores it."""
-
-    name: str
-    table: store.Table
-    info: TableInfo
-    codec: Codec
-    ann: Mapping[str, Any] | None = None
-    is_dense: bool = False
-    """Whether every row's number is its position."""
-    note: str = ""
-
-    @property
-    def is_full(self) -> bool:
-        """Whether these are the full vectors."""
-        return self.info.parent is None
-
-    def scores(self, queries: Matrix, codes: Matrix, scoring: Scoring) -> Matrix:
-        """Similarity of unit query prefixes [q, dim] to stored codes [n, …], float32[q, n].
-
-        Full vectors are brought back to unit length (half precision lost some) and multiplied in float64: float32
-        products differ in the last bit by where a row stands, and then equal rows would not tie.
-        """
-        if not self.is_full:
-            return self.codec.scores(queries, codes, scoring)
-        return np.asarray(queries.astype(np.float64) @ unit(codes).astype(np.float64).T, dtype=np.float32)
-
-    @property
-    def width(self) -> int:
-        """Numbers per stored vector; bytes of packed bits."""
-        return int(self.table.schema.field("vector").type.list_size)
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Element type of stored vectors."""
-        return code_dtype(self.info.precision)
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one stored vector."""
-        return self.width * self.dtype.itemsize
-
-    def codes(self) -> Matrix:
-        """All codes [n, width]."""
-        return self._column("vector", np.empty((self.table.count_rows(), self.width), self.dtype))
-
-    def rows(self) -> NDArray[np.int64]:
-        """All row numbers int64[n]."""
-        return self._column("row", np.empty(self.table.count_rows(), np.int64))
-
-    def _column(self, name: str, out: Matrix) -> Matrix:
-        start = 0
-        for batch in self.table.scanner(columns=[name], batch_size=READ_ROWS).to_batches():
-            column = batch.column(name)
-            out[start : start + len(column)] = column.to_numpy() if name == "row" else vector_matrix(column)
-            start += len(column)
-        return out
-
-
-@dataclass(frozen=True)
 class Hits:
-    """Per query, best first: positions in the tables, row numbers, scores; -1 where there are fewer hits."""
+    """Per query, best first: positions in the tables, row numbers, scores; -1 where there are fewer hits.
+
+    `lengths` are there after a level on a nested table, so that the next one need not read its blocks again.
+    """
 
     offsets: NDArray[np.int64]
     rows: NDArray[np.int64]
     scores: Matrix
+    lengths: Lengths | None = None
+
+    def taken(self, picked: NDArray[np.int64]) -> "Hits":
+        """Per query, the hits in these columns [q, …]."""
+        offsets, rows, scores = (np.take_along_axis(part, picked, 1) for part in (self.offsets, self.rows, self.scores))
+        lengths = self.lengths
+        if lengths is not None:
+            lengths = replace(lengths, squares=np.take_along_axis(lengths.squares, picked, 1))
+        return Hits(offsets, rows, scores, lengths)
 
     @classmethod
     def none(cls, queries: int) -> "Hits":
@@ -119,41 +70,63 @@ class Step:
     """Rows that were rescored, over all queries."""
     milliseconds: float = 0.0
     note: str = ""
+    dim: int | None = None
+    """Of a nested table: how far it is read."""
+
+    @property
+    def shown(self) -> str:
+        """The table; of a nested one also the dim."""
+        return self.table if self.dim is None else f"{self.table}[:{self.dim}]"
 
     @property
     def name(self) -> str:
         """The table and how its codes are scored."""
-        return f"{self.table} {self.scoring}"
+        return f"{self.shown} {self.scoring}"
 
 
 def scanned(view: View, prefixes: Matrix, keep: int, where: str | None, step: Step) -> Hits:
     """Score every row that passes the filter, a batch at a time."""
-    columns = ["row", "vector"] if where is None else ["row", "_rowoffset", "vector"]
+    columns = ["row", *([] if where is None else ["_rowoffset"]), *view.columns]
     best, position = Hits.none(len(prefixes)), 0
     step.engine = "scan"
     for batch in view.table.scanner(columns=columns, filter=where, batch_size=SCAN_ROWS).to_batches():
-        codes = vector_matrix(batch.column("vector"))
+        codes = view.codes_in(batch)
         offsets = np.arange(position, position + len(codes)) if where is None else batch["_rowoffset"].to_numpy()
         position += len(codes)
-        scores = view.scores(prefixes, codes, step.scoring)
-        best = _best(best, offsets.astype(np.int64), batch["row"].to_numpy(), scores, keep)
-        step.rows, step.bytes = step.rows + len(codes), step.bytes + codes.nbytes
+        scores, lengths = view.scores(prefixes, codes, step.scoring), None
+        if view.info.blocks:
+            lengths = Lengths(view.name, view.info.dim, nested.squares(codes))
+            scores = nested.scores(scores, lengths.squares)
+        best = _best(best, offsets.astype(np.int64), batch["row"].to_numpy(), scores, keep, lengths)
+        step.rows, step.bytes = step.rows + len(codes), step.bytes + len(codes) * view.row_bytes
     return best
 
 
-def _best(best: Hits, offsets: NDArray[np.int64], rows: NDArray[np.int64], scores: Matrix, keep: int) -> Hits:
-    """Merge a batch into the best so far; earlier rows come first, so ties go to the lower row."""
+def _best(
+    best: Hits,
+    offsets: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    scores: Matrix,
+    keep: int,
+    lengths: Lengths | None = None,
+) -> Hits:
+    """Merge a batch, whose squared lengths are [n], into the best so far; earlier rows come first, so ties go to the
+    lower row.
+    """
     both = np.concatenate([best.scores, scores], axis=1)
     picked = top(both, keep)
 
-    def pick(old: NDArray[np.int64], new: NDArray[np.int64]) -> NDArray[np.int64]:
+    def pick(old: Matrix, new: Matrix) -> Matrix:
         held = old.shape[1]
-        from_new: NDArray[np.int64] = new[np.maximum(picked - held, 0)]
+        from_new: Matrix = new[np.maximum(picked - held, 0)]
         if not held:
             return from_new
         return np.where(picked < held, np.take_along_axis(old, np.minimum(picked, held - 1), 1), from_new)
 
-    return Hits(pick(best.offsets, offsets), pick(best.rows, rows), np.take_along_axis(both, picked, 1))
+    if lengths is not None:
+        squares = best.scores[:, :0] if best.lengths is None else best.lengths.squares
+        lengths = replace(lengths, squares=pick(squares, lengths.squares))
+    return Hits(pick(best.offsets, offsets), pick(best.rows, rows), np.take_along_axis(both, picked, 1), lengths)
 
 
 def allowed(view: View, where: str) -> NDArray[np.int64]:
@@ -197,6 +170,9 @@ def from_index(view: View, prefixes: Matrix, keep: int, where: str | None, step:
 
 def rescored(view: View, prefixes: Matrix, hits: Hits, keep: int, step: Step, held: Held | None) -> Hits:
     """Score the hits with this table's codes and keep the best."""
+    if view.info.blocks:
+        deeper = _deeper(view, prefixes, hits, step)
+        return deeper.taken(ranked_columns(deeper, deeper.scores, keep))
     if not view.is_full:
         return best_of(hits, scores_of(view, prefixes, hits, step, held), keep)
     vectors, at = _read(view, hits, step, held)
@@ -210,6 +186,24 @@ def rescored(view: View, prefixes: Matrix, hits: Hits, keep: int, step: Step, he
     for query, mine in enumerate(contender):
         scores[query, mine] = view.scores(prefixes[query][None], vectors[at[query, mine]], step.scoring)[0]
     return best_of(hits, scores, keep)
+
+
+def _deeper(view: View, prefixes: Matrix, hits: Hits, step: Step) -> Hits:
+    """The hits where they stand, scored by a nested table; blocks that the level before read are not read again."""
+    known = hits.lengths
+    if known is None or known.table != view.name or known.dim >= view.info.dim:
+        known = None
+    else:
+        view = view.at(view.info.dim, known.dim)
+    numbers, at = _read(view, hits, step, None)
+    found = hits.offsets >= 0
+    products = _scored(view, prefixes, numbers, at, step, None)
+    squares = np.zeros(at.shape, np.float32)
+    squares[found] = nested.squares(numbers)[at[found]]
+    if known is not None:
+        products = products + nested.products(np.where(found, hits.scores, 0), known.squares, prefixes, known.dim)
+        squares = squares + known.squares
+    return Hits(hits.offsets, hits.rows, nested.scores(products, squares), Lengths(view.name, view.info.dim, squares))
 
 
 def _cosines(prefixes: Matrix, vectors: Matrix, at: NDArray[np.int64], found: NDArray[np.bool_]) -> Matrix:
@@ -233,7 +227,7 @@ def stopped(
     rough = np.full((queries, width), -np.inf, np.float32)
     seen, going, start = Seen.nothing(line, queries, keep), np.ones(queries, bool), 0
     for mark in marks(width, keep):
-        part = Hits(*(column[going, start:mark] for column in vars(hits).values()))
+        part = Hits(hits.offsets[going, start:mark], hits.rows[going, start:mark], hits.scores[going, start:mark])
         rough[going, start:mark] = _rough(view, prefixes[going], part, step, held)
         seen.add(going, part.scores, rough[going, start:mark])
         if mark == width:
@@ -245,7 +239,7 @@ def stopped(
     step.candidates += int(np.isfinite(rough).sum())
     contenders = rough >= (top_score(rough, keep) - ROUNDING)[:, None]
     picked = top(rough, max(int((contenders & np.isfinite(rough)).sum(axis=1).max(initial=0)), 1))
-    left = Hits(*(np.take_along_axis(column, picked, 1) for column in vars(hits).values()))
+    left = hits.taken(picked)
     scored = np.isfinite(np.take_along_axis(rough, picked, 1))
     left = Hits(np.where(scored, left.offsets, -1), np.where(scored, left.rows, -1), left.scores)
     return best_of(left, scores_of(view, prefixes, left, step, held), keep)
@@ -260,15 +254,24 @@ def top_score(scores: Matrix, k: int) -> Matrix:
 
 def scores_of(view: View, prefixes: Matrix, hits: Hits, step: Step, held: Held | None) -> Matrix:
     """Scores of the hits by this table's codes, float32 in the hits' shape, -inf for none; reads each row once."""
+    if view.info.blocks:
+        return _deeper(view, prefixes, hits, step).scores
     codes, at = _read(view, hits, step, held)
-    found = hits.offsets >= 0
-    scores = np.full(hits.offsets.shape, -np.inf, np.float32)
+    return _scored(view, prefixes, codes, np.where(hits.offsets < 0, -1, at), step, held)
+
+
+def _scored(
+    view: View, prefixes: Matrix, codes: Matrix, at: NDArray[np.int64], step: Step, held: Held | None
+) -> Matrix:
+    """Scores of the codes at places [q, n], -inf where the place is -1."""
+    found = at >= 0
+    scores = np.full(at.shape, -np.inf, np.float32)
     if not found.any():
         return scores
-    if held is None and len(codes) <= TOGETHER * hits.offsets.shape[1]:
+    if held is None and len(codes) <= TOGETHER * at.shape[1]:
         everything = view.scores(prefixes, codes, step.scoring)
         scores[found] = np.take_along_axis(everything, np.maximum(at, 0), 1)[found]
-    elif view.is_full:
+    elif view.is_full or view.info.blocks:
         for query, mine in enumerate(found):
             scores[query, mine] = view.scores(prefixes[query][None], codes[at[query, mine]], step.scoring)[0]
     else:
@@ -290,9 +293,9 @@ def _read(view: View, hits: Hits, step: Step, held: Held | None) -> tuple[Matrix
     else:
         step.engine = step.engine or "take"
         offsets, inverse = np.unique(hits.offsets[found], return_inverse=True)
-        taken = view.table.take(pa.array(offsets), columns=["row", "vector"])
-        codes = vector_matrix(taken.column("vector"))
-        step.rows, step.bytes = step.rows + len(codes), step.bytes + codes.nbytes
+        taken = view.table.take(pa.array(offsets), columns=["row", *view.columns])
+        codes = view.codes_in(taken)
+        step.rows, step.bytes = step.rows + len(codes), step.bytes + len(codes) * view.row_bytes
         rows, wanted = taken.column("row").to_numpy()[inverse], hits.rows[found]
         at = np.full(hits.offsets.shape, -1, np.int64)
         at[found] = inverse
@@ -304,8 +307,7 @@ def _read(view: View, hits: Hits, step: Step, held: Held | None) -> tuple[Matrix
 def best_of(hits: Hits, scores: Matrix, keep: int) -> Hits:
     """The best hits by other scores, ties by lower row."""
     picked = ranked_columns(hits, scores, keep)
-    chosen = (np.take_along_axis(part, picked, 1) for part in (hits.offsets, hits.rows, scores))
-    return Hits(*chosen)
+    return Hits(hits.offsets, hits.rows, scores).taken(picked)
 
 
 def ranked_columns(hits: Hits, scores: Matrix, keep: int) -> NDArray[np.int64]:

@@ -125,7 +125,7 @@ def _asked(spec: JobSpec, encode: Callable[[Sequence[str]], Matrix]) -> Matrix |
 def _probed(spec: JobSpec, done: Embedded, declared: Sequence[int]) -> tuple[list[probe.Kept], probe.Verdict]:
     """The verdict on half of the vectors, with PCA from the other half."""
     vectors, full_dim = done.vectors, done.facts.full_dim
-    wanted = sorted({prefix.dim for prefix in spec.prefixes})
+    wanted = sorted({dim for prefix in spec.prefixes for dim in prefix.dims})
     ladder = probe.ladder(full_dim, declared)
     kept: list[probe.Kept] = []
     if len(vectors) >= probe.MIN_ROWS:

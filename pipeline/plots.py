@@ -50,7 +50,10 @@ def described(measured: pl.DataFrame) -> pl.DataFrame:
 
 
 def _codes(row: dict[str, Any]) -> str:
-    return f"binary {row['scoring']}" if row["precision"] == "binary" else str(row["precision"])
+    """How the first table is stored and scored; prefixes of a nested table are a series of their own."""
+    if row["precision"] == "binary":
+        return f"binary {row['scoring']}"
+    return f"{row['precision']} nested" if row["choice"].endswith("_nested") else str(row["precision"])
 
 
 def _way(row: dict[str, Any]) -> str:

@@ -41,6 +41,7 @@ def run(path: str, index: Index, k: int, seed: int, root: Root) -> pl.DataFrame:
     texts = queries.read_queries(path, "--queries")["text"].to_list()
     vectors = queries.embedded(f"--queries: {path}", texts, index.documents.info, root, index.embed)
     cascade = tuple(index.opened.cascade(k))
+    steps = index.opened.steps(k, cascade, rescore=True)[:-1]
     found, _ = index.opened.rank(vectors, k, None, cascade)
     truth, _ = index.opened.rank(vectors, k, None, [])
     shares = recall_exact(found.rows, truth.rows)
@@ -52,7 +53,7 @@ def run(path: str, index: Index, k: int, seed: int, root: Root) -> pl.DataFrame:
         "queries": len(texts),
         "k": k,
         "generation": index.generation["generation"],
-        "cascade": " > ".join(f"{table} {size}" for table, size, _ in cascade),
+        "cascade": " > ".join(f"{step.shown} {size}" for step, (_, size, _) in zip(steps, cascade, strict=True)),
         "recall_exact": float(shares.mean()),
         "recall_exact_low": low,
         "recall_exact_high": high,

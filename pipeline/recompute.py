@@ -39,7 +39,7 @@ def run(root: Path, generation: Mapping[str, Any], damaged: Collection[str], not
     """Check every table of a generation; those with a file among `damaged` are left out, as is what rests on them."""
     tables: dict[str, Table] = {}
     with notes.reading("the list of tables"):
-        prefixes = {f"prefix_{one['dim']}_{one['precision']}": one for one in generation["spec"]["prefixes"]}
+        prefixes = {reread.table_of(one): one for one in generation["spec"]["prefixes"]}
         wanted, listed = {DOCUMENTS, PARAMETERS, *prefixes}, set(generation["tables"])
         for name in sorted(wanted ^ listed):
             notes.say(f"lancedb/{name}.lance: the spec and the tables of the generation do not both name it")
@@ -101,14 +101,14 @@ class _Codes:
         self.rotation = found["rotation"][1] if "rotation" in found else None
         return True
 
-    def check(self, turned: Values, error: Values, stored: pa.Array) -> tuple[Values, Values]:
+    def check(self, turned: Values, error: Values, stored: pa.Table) -> tuple[Values, Values]:
         """Masks [n] and [n, dim]: rows with a wrong code, and numbers that only rounding in float32 accounts for.
 
         `turned` are transformed rows [n, D], `error` how far float32 may be from each. A code must lie between the
         codes of the value less and plus its bound; every codec rises with its value.
         """
         value, bound = self._values(turned[:, : self.dim], error[:, : self.dim])
-        codes = matrix_of(stored)
+        codes = np.hstack([matrix_of(stored[name]) for name in self.table.vectors])
         codes = np.unpackbits(codes, axis=1) if self.kind == "binary" else codes
         with np.errstate(over="ignore"):
             low, exact, high = (self._encoded(one) for one in (value - bound, value, value + bound))
@@ -155,7 +155,7 @@ class _Pass:
         has_text = "text" in self.documents.data.schema.names
         names = ["row", "id", *(["text"] if has_text else []), "text_digest", *self.filters, "vector"]
         reader = Reader(self.documents, list(dict.fromkeys(names)))
-        beside = [(one, Reader(one.table, ["row", *self.filters, "vector"])) for one in self.codes]
+        beside = [(one, Reader(one.table, ["row", *self.filters, *one.table.vectors])) for one in self.codes]
         rows, hashes, last = [np.zeros(0, np.int64)], [], -1
         while (batch := reader.take(BATCH_ROWS)).num_rows:
             numbers = batch["row"].to_numpy()
@@ -214,12 +214,13 @@ class _Pass:
             for name in self.filters:
                 differs = _differs(batch[name], other[name])
                 self.notes.rows(where, numbers, differs, f"has another {name} than in documents")
-            if other["vector"].null_count:
-                self.notes.rows(where, numbers, other["vector"].is_null().to_numpy(), "has no code")
+            if any(other[name].null_count for name in one.table.vectors):
+                missing = np.any([other[name].is_null().to_numpy() for name in one.table.vectors], axis=0)
+                self.notes.rows(where, numbers, missing, "has no code")
                 continue
             if one.fitted not in turned:
                 turned[one.fitted] = _turned(vectors, one)
-            wrong, rounded = one.check(*turned[one.fitted], other["vector"])
+            wrong, rounded = one.check(*turned[one.fitted], other)
             self.notes.rows(where, numbers, wrong & finite, "has another code than follows from its full vector")
             self.notes.checked["codes"] += len(numbers)
             if one.kind != "float32":

@@ -16,6 +16,7 @@ from pipeline import ledger, plots, querylog
 from pipeline.errors import StaleError
 from pipeline.html import Example, Grid, Hit, Page, Section, grid, render
 from pipeline.metrics import METRICS
+from pipeline.spec import JobSpec
 from pipeline.storage import Root, sha256
 from pipeline.tables import DOCUMENTS, PARAMETERS
 
@@ -115,10 +116,16 @@ def _verdict(facts: Facts) -> str:
 
 def _cascade_words(facts: Facts, mine: Mapping[str, Any]) -> str:
     """The levels in words; the first shortlist is the one that was measured."""
-    levels = facts.generation["spec"]["search"]["cascade"] or [{"table": f"prefix_{mine['dim']}_{mine['precision']}"}]
+    levels = facts.generation["spec"]["search"]["cascade"] or [_default_level(facts)]
     lengths = [mine["shortlist"], *(max(level["shortlist"], mine["k"]) for level in levels[1:])]
-    steps = [f"{level['table']} (shortlist {length:,})" for level, length in zip(levels, lengths, strict=True)]
+    names = [level["table"] + (f"[:{level['dim']}]" if level.get("dim") else "") for level in levels]
+    steps = [f"{name} (shortlist {length:,})" for name, length in zip(names, lengths, strict=True)]
     return "The cascade " + " → ".join([*steps, "full vectors"])
+
+
+def _default_level(facts: Facts) -> dict[str, Any]:
+    smallest = JobSpec.model_validate(facts.generation["spec"]).smallest
+    return {"table": smallest.table, "dim": smallest.blocks[0] if smallest.blocks else None}
 
 
 def _figures(facts: Facts) -> list[tuple[str, str, str]]:
@@ -217,7 +224,8 @@ def _variance(facts: Facts) -> Section | None:
     shares = facts.generation["transform"]["explained"]
     if not shares:
         return None
-    dims = sorted({prefix["dim"] for prefix in facts.generation["spec"]["prefixes"]})
+    prefixes = JobSpec.model_validate(facts.generation["spec"]).prefixes
+    dims = sorted({dim for prefix in prefixes for dim in prefix.dims})
     rows = facts.generation["transform"]["sample_rows"]
     source = f"Cumulative eigenvalues of the covariance of {rows:,} sampled documents; points are the job's prefixes."
     words = ["How much of the corpus' variance the first principal axes hold: what any linear cut could keep at best."]

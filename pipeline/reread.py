@@ -86,6 +86,17 @@ class Table:
         """Where it lies below the root."""
         return f"lancedb/{self.name}.lance"
 
+    @property
+    def vectors(self) -> list[str]:
+        """Its vector columns: `vector`, or one per nested block."""
+        ends = self.info.get("blocks") or []
+        return [f"vector_{a}_{b}" for a, b in zip([0, *ends], ends, strict=False)] or ["vector"]
+
+
+def table_of(prefix: Mapping[str, Any]) -> str:
+    """The table that an entry of the spec's prefixes means."""
+    return f"prefix_{prefix['dim']}_{prefix['precision']}" + ("_nested" if prefix.get("blocks") else "")
+
 
 def opened(root: Path, name: str, generation: Mapping[str, Any], prefix: Any, notes: Notes) -> Table:
     """Open a table; compare its files, schema, metadata and indexes with the generation."""
@@ -147,9 +158,10 @@ def _metadata(generation: Mapping[str, Any], prefix: Any) -> dict[str, Any]:
     precision = generation["spec"]["embed"]["vectors"] if prefix is None else prefix["precision"]
     own = {"dim": model["full_dim"], "parent": None, "parent_version": None, "transform": {"kind": "none"}}
     own = own if prefix is None else {"dim": prefix["dim"], "parent": DOCUMENTS}
-    metric = "hamming" if precision == "binary" else "dot"
+    blocks = (prefix or {}).get("blocks") or None
+    metric = "hamming" if precision == "binary" else "cosine" if blocks else "dot"
     named = {name: model[name] for name in ("revision", "max_tokens", "prompts", "full_dim")}
-    return {**named, **own, "precision": precision, "metric": metric}
+    return {**named, **own, "precision": precision, "metric": metric, "blocks": blocks}
 
 
 def _columns(generation: Mapping[str, Any], prefix: Any) -> dict[str, Any]:
@@ -158,7 +170,9 @@ def _columns(generation: Mapping[str, Any], prefix: Any) -> dict[str, Any]:
     if prefix is not None:
         number = pa.from_numpy_dtype("uint8" if prefix["precision"] == "binary" else prefix["precision"])
         width = prefix["dim"] // (8 if prefix["precision"] == "binary" else 1)
-        return {"row": pa.int64(), **filters, "vector": pa.list_(number, width)}
+        ends = prefix.get("blocks") or []
+        blocks = {f"vector_{a}_{b}": pa.list_(number, b - a) for a, b in zip([0, *ends], ends, strict=False)}
+        return {"row": pa.int64(), **filters, **(blocks or {"vector": pa.list_(number, width)})}
     text = {"text": pa.string()} if corpus["keep_text"] else {}
     carried = {**dict.fromkeys(corpus["keep"]), **filters}
     vector = pa.list_(pa.from_numpy_dtype(generation["spec"]["embed"]["vectors"]), generation["model"]["full_dim"])
@@ -255,7 +269,7 @@ def _add_column(hashes: Sequence[Any], sizes: Sequence[int], table: Table, colum
     again = Reader(table, [column.name]) if is_text else first
     for digest, size in zip(hashes, sizes, strict=True):
         digest.update(f"{column.name} {kind}\n".encode())
-        if column.name == "vector":  # without nulls, which are looked for elsewhere
+        if column.name in table.vectors:  # without nulls, which are looked for elsewhere
             digest.update(_ones(size))
             digest.update(_ones(size * kind.list_size))
             for batch in _steps(first, size):

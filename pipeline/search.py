@@ -16,10 +16,11 @@ from pipeline import anytime, ledger
 from pipeline.cascade import QUERIES_AT_ONCE, Cascade, Level, Opened
 from pipeline.encoders.queries import QueryEncoder
 from pipeline.errors import QueryError, StaleError
-from pipeline.levels import Hits, Step, View
+from pipeline.levels import Hits, Step
 from pipeline.spec import Engine, Stop
 from pipeline.storage import Root
 from pipeline.vectors import MIN_NORM, Matrix, unit
+from pipeline.views import View
 
 
 def open_index(
@@ -93,11 +94,12 @@ class Index:
         """The k nearest rows of each query: rank (from 1), id, score, row, text, carried columns.
 
         A text gives one table; a list or a float array [n, full_dim] gives `query` (0, 1, …) first. `cascade`
-        overrides the spec's: a list of (table, shortlist) or (table, shortlist, scoring); [] is exact. `columns` names
-        what is read beside rank, id, score and row (null: everything). `stop` (fixed, margin, predictor) overrides the
-        spec's. `deadline_ms` takes the cascade as far, and its shortlists as wide, as that time allows, and adds how
-        far that was: `level` (the table that ranked the answer) and `shortlist`. `score` is the float32 cosine with
-        the full vector. QueryError (a ValueError) for a bad query, filter, k, cascade or column.
+        overrides the spec's: a list of (table, shortlist), (table, shortlist, scoring) or, of a table with blocks,
+        (table, shortlist, dim); [] is exact. `columns` names what is read beside rank, id, score and row (null:
+        everything). `stop` (fixed, margin, predictor) overrides the spec's. `deadline_ms` takes the cascade as far, and
+        its shortlists as wide, as that time allows, and adds how far that was: `level` (the table that ranked the
+        answer) and `shortlist`. `score` is the float32 cosine with the full vector. QueryError (a ValueError) for a bad
+        query, filter, k, cascade or column.
         """
         opened = self.opened
         vectors, single = self._vectors(queries)
@@ -121,8 +123,8 @@ class Index:
         opened = self.opened
         vector, row = opened.vector_of(name)
         hits, _ = _rank(opened, vector, k + 1, where, cascade)
-        others = hits.rows[0] != row
-        return _frame(opened, Hits(*(part[:, others][:, :k] for part in vars(hits).values())), True, None)
+        others = np.flatnonzero(hits.rows[0] != row)[:k]
+        return _frame(opened, hits.taken(others[None]), True, None)
 
     def explain(
         self,

@@ -3,20 +3,17 @@
 A field's default stands here and nowhere else. `schemas/job.schema.json` is generated from these models.
 """
 
-import math
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import SpecError
-from pipeline.limits import MAX_DEPTH
-from pipeline.sentences import explain, masked, nearest, secret
-from pipeline.vectors import Precision, bytes_per_row
+from pipeline.sentences import explain, nearest, secret
+from pipeline.values import parse, put
+from pipeline.vectors import Precision, bytes_per_row, vector_columns
 
 Auto = Literal["auto"]
 Stop = Literal["fixed", "margin", "predictor"]
@@ -24,10 +21,6 @@ Engine = Literal["auto", "lance", "resident"]
 IndexKind = Literal["auto", "none", "ivf_flat", "ivf_sq", "ivf_rq", "hnsw_sq"]
 MAX_SPEC_BYTES = 2**20
 """Bytes of a spec."""
-MAX_NODES = 10_000
-"""Values in a spec, keys and lists counted too."""
-MAX_DIGITS = 100
-"""Characters of a number."""
 RESERVED_COLUMNS = ("row", "id", "text", "text_digest", "vector", "score", "rank", "query")
 
 
@@ -142,17 +135,30 @@ class Prefix(Section):
     rotation: Literal["auto", "whitened_itq", "itq", "random", "none"] = Field(
         "auto", description="binary only, before the signs are taken; auto: whitened_itq"
     )
+    blocks: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (), description="ends of nested blocks, the last one dim: a reader of a shorter prefix reads only its blocks"
+    )
     index: PrefixIndex = PrefixIndex()
 
     @property
     def table(self) -> str:
         """Name of the table."""
-        return f"prefix_{self.dim}_{self.precision}"
+        return f"prefix_{self.dim}_{self.precision}" + ("_nested" if self.blocks else "")
 
     @property
     def bytes_per_row(self) -> int:
         """Bytes of one stored vector."""
         return bytes_per_row(self.dim, self.precision)
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """The dims at which it can be read."""
+        return self.blocks or (self.dim,)
+
+    @property
+    def scanned_bytes(self) -> int:
+        """Bytes per row that a scan reads at the least: those of the first block."""
+        return bytes_per_row(self.dims[0], self.precision)
 
     @model_validator(mode="after")
     def _storage_can_hold_it(self) -> Self:
@@ -166,6 +172,19 @@ class Prefix(Section):
             raise ValueError(f"LanceDB indexes binary with ivf_flat only, not {self.index.kind}")
         if self.index.kind == "ivf_rq" and self.dim % 8:
             raise ValueError(f"ivf_rq needs a multiple of 8 dimensions, not {self.dim}")
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_fit(self) -> Self:
+        if not self.blocks:
+            return self
+        given = ", ".join(map(str, self.blocks))
+        if list(self.blocks) != sorted(set(self.blocks)) or self.blocks[-1] != self.dim:
+            raise ValueError(f"blocks are ends that rise up to dim {self.dim}, like [64, 128, 256], not [{given}]")
+        if self.precision == "binary":
+            raise ValueError("binary has no blocks: each binary prefix is turned on its own; list one table per dim")
+        if self.index.kind not in ("auto", "none"):
+            raise ValueError(f"blocks are scanned, without an index; leave {self.index.kind} to a table without blocks")
         return self
 
 
@@ -185,6 +204,12 @@ class Level(Section):
         description="binary only; auto: asymmetric (float query against bits) where this project scans, "
         "hamming where an index answers",
     )
+    dim: int | None = Field(None, ge=1, description="of a table with blocks: the end of one; null: all of it")
+
+    @property
+    def how(self) -> str | int:
+        """The dim of a table with blocks, else how codes are scored."""
+        return self.dim or self.scoring
 
 
 class Search(Section):
@@ -267,8 +292,19 @@ class JobSpec(Section):
         for table in tables:
             if tables.count(table) > 1:
                 raise ValueError(f"prefixes: {table} stands twice; (dim, precision) must be unique")
-        check_cascade([(level.table, level.shortlist) for level in self.search.cascade or ()], tables)
+        for prefix in self.prefixes:
+            for name in vector_columns(prefix.blocks):
+                if name in self.corpus.filter:
+                    raise ValueError(f"corpus.filter: {prefix.table} has a column {name} of its own; rename the filter")
+        levels = self.search.cascade or ()
+        check_cascade([(level.table, level.shortlist) for level in levels], tables)
+        check_blocks([(level.table, level.dim) for level in levels], {one.table: one.blocks for one in self.prefixes})
         return self
+
+    @property
+    def smallest(self) -> Prefix:
+        """The table whose scan reads the fewest bytes per row: the default cascade."""
+        return min(self.prefixes, key=lambda prefix: (prefix.scanned_bytes, prefix.table))
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
@@ -286,11 +322,11 @@ class JobSpec(Section):
             raise SpecError(f"cannot read the job spec {path}: {reason}") from None
         if len(data) > MAX_SPEC_BYTES:
             raise SpecError(f"cannot read the job spec {path}: it is larger than {MAX_SPEC_BYTES:,} bytes")
-        values = _parse(text, str(path))
+        values = parse(text, str(path))
         if not isinstance(values, dict):
             raise SpecError(f"{path}: a job spec is a mapping that begins with `name:`, not {type(values).__name__}")
         for override in overrides:
-            _override(values, override)
+            put(values, override)
         return cls.of(values, str(path))
 
     @classmethod
@@ -318,93 +354,18 @@ def check_cascade(levels: Sequence[tuple[str, int]], tables: Sequence[str]) -> N
             )
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML without aliases; what is too deep, too much, repeated or no finite number is an error."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self._depth = self._nodes = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-        if self.check_event(yaml.AliasEvent):
-            raise _problem("an alias (*name) is not allowed; write the value out", mark)
-        self._depth, self._nodes = self._depth + 1, self._nodes + 1
-        if self._depth > MAX_DEPTH:
-            raise _problem(f"nested deeper than {MAX_DEPTH} levels", mark)
-        if self._nodes > MAX_NODES:
-            raise _problem(f"more than {MAX_NODES:,} values", mark)
-        node = super().compose_node(parent, index)
-        self._depth -= 1
-        return node
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise _problem(f"the key {key.value!r} stands twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep=deep)
-
-    def construct_number(self, node: yaml.ScalarNode) -> int | float:
-        """A number of a sensible length, since YAML's 1:1:1:… grows without bound."""
-        is_whole = node.tag.endswith(":int")
-        if len(node.value) > MAX_DIGITS:
-            raise _problem(f"a number of {len(node.value):,} characters", node.start_mark)
-        try:
-            number = self.construct_yaml_int(node) if is_whole else self.construct_yaml_float(node)
-        except ValueError:
-            raise _problem(f"{node.value!r} is no number", node.start_mark) from None
-        if not math.isfinite(number):
-            raise _problem(f"{node.value} is not a finite number", node.start_mark)
-        return number
-
-
-for _tag in ("int", "float"):
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_number)
-
-
-def _problem(what: str, mark: yaml.Mark) -> yaml.MarkedYAMLError:
-    return yaml.constructor.ConstructorError(None, None, what, mark)
-
-
-def _parse(text: str, origin: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise SpecError(f"{origin}: not valid YAML{where}: {problem}") from None
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    shown = f"--set {masked(override)[:200]!r}"
-    keys = path.strip().split(".")
-    if not equals or not all(keys) or len(keys) > MAX_DEPTH:
-        raise SpecError(f"{shown}: write path.to.field=value, for example --set workers.count=2")
-    target: Any = values
-    for key in keys[:-1]:
-        if isinstance(target, list) and _place(key) < len(target):
-            target = target[_place(key)]
-        elif isinstance(target, dict):
-            target = target.setdefault(key, {})
-            if target is None:
-                raise SpecError(f"{shown}: {key} is null in the spec")
-        else:
-            raise SpecError(f"{shown}: there is nothing below {key!r}")
-    value = _parse(text, shown)
-    if isinstance(target, list) and _place(keys[-1]) < len(target):
-        target[_place(keys[-1])] = value
-    elif isinstance(target, list) and keys[-1] == str(len(target)):
-        target.append(value)
-    elif isinstance(target, dict):
-        target[keys[-1]] = value
-    else:
-        raise SpecError(f"{shown}: there is no field {keys[-1]!r} in {'.'.join(keys[:-1])}")
-
-
-def _place(key: str) -> int:
-    """A key as a place in a list; beyond every list where it is none."""
-    return int(key) if re.fullmatch("[0-9]{1,9}", key) else sys.maxsize
+def check_blocks(levels: Sequence[tuple[str, int | None]], blocks: Mapping[str, Sequence[int]]) -> None:
+    """Raise ValueError where a level's dim (None: all) is no end of a block, or reads nothing new of its table."""
+    reached: dict[str, int] = {}
+    for table, dim in levels:
+        ends = blocks.get(table, ())
+        if dim is not None and dim not in ends:
+            known = f"its blocks end at {', '.join(map(str, ends))}" if ends else "it has no blocks; leave dim out"
+            raise ValueError(f"cascade: {table} cannot be read at dim {dim}: {known}")
+        if ends:
+            dim = dim or ends[-1]
+            if dim <= reached.get(table, 0):
+                raise ValueError(
+                    f"cascade: dim goes from {reached[table]} to {dim} at {table}; each level must go further"
+                )
+            reached[table] = dim

@@ -80,7 +80,7 @@ def print_steps(steps: Sequence[Mapping[str, Any]]) -> None:
     table = Table("table", "engine", "scoring", "rows", "bytes", "shortlist", "ms", "note", box=None)
     for step in steps:
         cells = [
-            step["table"],
+            step["table"] if step["dim"] is None else f"{step['table']}[:{step['dim']}]",
             step["engine"],
             step["scoring"],
             f"{step['rows']:,}",
@@ -144,6 +144,7 @@ def print_evaluation(measured: pl.DataFrame, whole: bool = False) -> None:
     for heading in (
         "choice",
         "mode",
+        "dim",
         "scoring",
         "short list",
         *(f"{name} @{k}" for name in names),
@@ -156,6 +157,7 @@ def print_evaluation(measured: pl.DataFrame, whole: bool = False) -> None:
         table.add_row(
             row["choice"],
             row["mode"],
+            str(row["dim"]),
             row["scoring"],
             str(row["shortlist"] or "-"),
             *values,

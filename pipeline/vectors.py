@@ -4,7 +4,9 @@ Everything here is a pure function of NumPy arrays; rows are vectors. The order 
 transform, truncate (which includes unit length), encode.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -173,6 +175,11 @@ def code_width(dim: int, precision: Precision) -> int:
 def code_dtype(precision: Precision) -> np.dtype[Any]:
     """The element type of stored codes."""
     return np.dtype({"binary": "uint8"}.get(precision, precision))
+
+
+def vector_columns(blocks: Sequence[int]) -> dict[str, tuple[int, int]]:
+    """Columns that hold the numbers between the ends of nested blocks, `vector_0_64` and on, with where each stands."""
+    return {f"vector_{start}_{end}": (start, end) for start, end in pairwise([0, *blocks])}
 
 
 def bytes_per_row(dim: int, precision: Precision) -> int:
