@@ -221,16 +221,22 @@ def search(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object per line")] = False,
     explain: Annotated[bool, typer.Option(help="tell what each level did")] = False,
     exact: Annotated[bool, typer.Option(help="search the full vectors of every row")] = False,
+    similar: Annotated[bool, typer.Option(help="TEXT is the id of a row; find those like it")] = False,
+    deadline_ms: Annotated[float | None, typer.Option(help="the best answer after so many milliseconds")] = None,
 ) -> None:
     """Two-pass search."""
     configure_logging(None)
     root, spec = _root_and_spec(job, sets)
-    index = open_index(root.path, model=_model_folder(spec))
+    engine, stop = (None, None) if spec is None else (spec.search.engine, spec.search.stop)
+    index = open_index(root.path, _model_folder(spec), engine=engine)
     cascade = [] if exact else _cascade(spec, index, k)
     if explain:
-        _explain(index.explain(text, k, where, cascade), as_json)
+        _explain(index.explain(text, k, where, cascade, stop, deadline_ms), as_json)
         return
-    hits = index.search(text, k, where, cascade)
+    if similar:
+        hits = index.similar(text, k, where, cascade)
+    else:
+        hits = index.search(text, k, where, cascade, stop=stop, deadline_ms=deadline_ms)
     if as_json:
         for hit in hits.iter_rows(named=True):
             print_json(hit, None)

@@ -151,7 +151,7 @@ def by_cost(rows: pl.DataFrame, metric: str, cost: str, title: str, source: str)
     )
     modes = numbers.with_columns(mode=pl.col("way").str.split(", ").list.first())
     points = _chart(modes).mark_point(size=70, strokeWidth=1.8).encode(
-        x=x, y=y, color=_color("codes", known), shape=_shape("mode", ["alone", "rescored", "cascade", "exact"]),
+        x=x, y=y, color=_color("codes", known), shape=_shape("mode", ["alone", "rescored", "cascade", "exact", "margin", "predictor"]),
         opacity=alt.condition(picked, alt.value(0.95), alt.value(0.1)),
         tooltip=_tooltip(
             ("choice", "choice"), ("codes", "first table"), ("way", "searched"), (metric, label),

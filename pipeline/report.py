@@ -335,7 +335,7 @@ def _query_log(facts: Facts) -> Section | None:
 
 
 def _settings(facts: Facts) -> Section:
-    names = ["choice", "mode", "dim", "precision", "scoring", "shortlist"]
+    names = ["choice", "mode", "dim", "precision", "scoring", "shortlist", "candidates"]
     grids = [_metric_grid("evaluation.parquet", facts.measured, names, ["bytes_per_row", "median_ms", "p95_ms"])]
     return Section("settings", "Everything that was measured", [_measured_how(facts)], grids=grids)
 

@@ -159,7 +159,7 @@ def print_evaluation(measured: pl.DataFrame, whole: bool = False) -> None:
             row["mode"],
             str(row["dim"]),
             row["scoring"],
-            str(row["shortlist"] or "-"),
+            str(row["shortlist"] or "-") if row["candidates"] is None else f"~{row['candidates']:.0f}",
             *values,
             str(row["bytes_per_row"]),
             f"{row['median_ms']:.2f}",
