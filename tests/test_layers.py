@@ -14,7 +14,7 @@ LEVELS = [
     {"spec", "store", "docstrings", "tables", "ids", "lock", "ledger"},
     {"sources", "encoders", "workers", "repair"},
     {"rows", "queries", "drift"},
-    {"embedder", "levels"},
+    {"embedder", "merge", "levels"},
     {"corpus", "embed", "export", "fit", "derive", "index", "search"},
     {"evaluate", "sample"},
     {"querylog", "figures"},
