@@ -230,12 +230,14 @@ class _Run:
         shard_rows = corpus.shard_rows(scan.rows, spec.corpus)
         done = len(embed.finished(self.root)) * shard_rows
         twice = merge.room(self.root, scan.rows, shard_rows)
-        needed = rows * each + (max(0, rows - done) + twice) * bytes_per_row(full_dim, spec.embed.vectors)
+        width = bytes_per_row(full_dim, spec.embed.vectors)
+        needed = rows * each + (max(0, rows - done) + twice) * width
         free = self.root.disk.free(self.root.path)
         if needed > free:
+            merging = f", {twice * width / 1e9:.3f} GB of it while fragments are merged" if twice else ""
             raise PipelineError(
                 f"{self.root.path} has {free / 1e9:.3f} GB left, the job needs at least {needed / 1e9:.3f} GB for the "
-                f"vectors of {rows:,} rows alone; make room, or choose another root"
+                f"vectors of {rows:,} rows alone{merging}; make room, or choose another root"
             )
 
     def _candidate(

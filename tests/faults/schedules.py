@@ -4,8 +4,9 @@
 
 The lock, the ledger, the embed stage's driver, merging (of two shards of three), commits, publishing and clean-up are
 the real code; a stand-in takes the place of the model (a hash of the row) and of Lance (files and versions on the
-simulated disk). A second, derived table goes through the same ledger. Every schedule: two jobs on two hosts start at random moments, faults strike, then
-one undisturbed run finishes; a checker that shares no code with the project looks at the files that are left.
+simulated disk). A second, derived table goes through the same ledger. Every schedule: two jobs on two hosts start at
+random moments, faults strike, then one undisturbed run finishes; a checker that shares no code with the project looks
+at the files that are left.
 """
 
 import argparse
