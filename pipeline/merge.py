@@ -35,8 +35,9 @@ class Group:
 
     @property
     def name(self) -> str:
-        """Name of its record."""
-        return self.shards[0].name
+        """Name of its record, by which other groups are never taken for it."""
+        first, last = self.shards[0].name, self.shards[-1].name
+        return f"{first}-{last}" if self.is_joint else first
 
     @property
     def is_joint(self) -> bool:

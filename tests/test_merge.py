@@ -118,7 +118,7 @@ def test_a_group_of_one_stays_as_its_worker_wrote_it(spec, monkeypatch, merged):
     monkeypatch.setattr(store, "FRAGMENT_ROWS", 100)
     generation = run(spec(corpus__shard_rows=50))
     assert [len(rows) for rows in fragments(generation["spec"]["root"], "documents")] == [100, 20]
-    assert merged == ["0000000"]
+    assert merged == ["0000000-0000001"]
     (path,) = Ledger(Root(Path(generation["spec"]["root"])), "embed").slot("0000002").done["files"]
     assert f"{DOCUMENTS}/data/{path}" in generation["files"]
     assert generation["embed"]["merged_bytes"] < generation["tables"]["documents"]["bytes"]
@@ -344,8 +344,16 @@ def test_quarantined_rows_of_merged_shards_are_kept(job, spec, tmp_path):
 def test_slots_name_the_merge_or_the_only_shard(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "FRAGMENT_ROWS", 10)
     root, grouped = Root(tmp_path, fence=1), merge.groups(shards(4, 4, 4))
-    assert merge.newest(root, grouped) == ["merge/0000000", "0000002"]
-    for stage, name in (("embed", "0000000~2"), ("embed", "0000002~1"), ("merge", "0000000~3")):
+    assert merge.newest(root, grouped) == ["merge/0000000-0000001", "0000002"]
+    for stage, name in (("embed", "0000000~2"), ("embed", "0000002~1"), ("merge", "0000000-0000001~3")):
         Ledger(root, stage).add(name, {})
-    assert merge.newest(root, grouped) == ["merge/0000000~3", "0000002~1"]
-    assert merge.standing(root, merge.groups(shards(12))) == {}
+    assert merge.newest(root, grouped) == ["merge/0000000-0000001~3", "0000002~1"]
+
+
+def test_other_groups_than_before_take_no_merge_for_theirs(job, monkeypatch, embedded):
+    first = run(job)
+    monkeypatch.setattr(store, "FRAGMENT_ROWS", 70)
+    again = run(job)
+    assert [len(rows) for rows in fragments(job.root, "documents")] == [60, 60]
+    assert sorted(embedded) == sorted([*range(6)] * 2)
+    assert again["tables"]["documents"]["digest"] == first["tables"]["documents"]["digest"]
