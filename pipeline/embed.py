@@ -130,6 +130,11 @@ def finished(root: Root) -> set[str]:
     return {name for name in Ledger(root, "embed").names() if not name.startswith("sealed-")}
 
 
+def is_sealed(root: Root) -> bool:
+    """Whether the stage came to its end once: every shard embedded and merged."""
+    return any(name.startswith("sealed-") for name in Ledger(root, "embed").names())
+
+
 def _looks(spec: JobSpec, types: Mapping[str, pa.DataType], standing: Record) -> tuple[TableInfo, pa.Schema]:
     """Metadata and schema of `documents`."""
     facts = Facts(**standing["facts"])

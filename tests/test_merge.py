@@ -8,7 +8,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from pipeline import derive, embed, export, merge, run, storage, store, verify
+from pipeline import cli, derive, embed, export, merge, run, storage, store, verify
 from pipeline.embedder import Embedder
 from pipeline.errors import DamageError
 from pipeline.ledger import Ledger
@@ -278,6 +278,16 @@ def test_a_merge_stands_without_the_records_of_its_shards(job, monkeypatch):
         monkeypatch.setattr(*worker, lambda *arguments: pytest.fail("work was done again"))
     again = run(job)
     assert again["tables"] == first["tables"] and again["embed"] == first["embed"]
+
+
+def test_shards_that_are_not_merged_yet_are_unfinished_work(job, monkeypatch):
+    stops(monkeypatch, embed, "_check_budget")
+    with pytest.raises(KeyboardInterrupt):
+        run(job)
+    root = Root(Path(job.root))
+    assert len(embed.finished(root)) == 6 and cli._status(root)["embed"] == "unfinished"
+    run(job)
+    assert cli._status(root)["embed"] == "done"
 
 
 def test_a_merge_that_is_done_is_not_done_again(tmp_path):
