@@ -137,6 +137,11 @@ def test_every_value_and_null_survives_and_no_batch_is_large(tmp_path, monkeypat
         "year": pa.array([None if number % 2 else number for number in range(20)], pa.int16()),
         "share": pa.array([None, float("nan"), *[0.1] * 18]),
         "flag": pa.array([None, True, *[False] * 18]),
+        "tags": pa.array(
+            [None, [], ["a", None], *[["b"] * (number % 4) for number in range(17)]], pa.list_(pa.string())
+        ),
+        "when": pa.array([None, *range(19)], pa.timestamp("us", "UTC")),
+        "place": pa.array([None, *[{"x": number, "y": None} for number in range(19)]]),
         "text_digest": pa.array([bytes([number] * 16) for number in range(20)], pa.binary(16)),
         "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), 4),
     }
