@@ -181,7 +181,7 @@ def _status(root: Root) -> dict[str, Any]:
                 reason: sum(record["quarantined"].get(reason, 0) for record in records)
                 for reason in sorted({reason for record in records for reason in record["quarantined"]})
             },
-            "embed": "done" if len(records) == total else "unfinished",
+            "embed": "done" if len(records) == total and embed.is_sealed(root) else "unfinished",
         }
     facts["generation"] = None if generation is None else generation["generation"]
     if generation is not None:

@@ -1,7 +1,7 @@
 """The derive stage: prefix tables from the stored full vectors, on the workers; starts no model.
 
-Comes in: `documents`, the transform, the codecs. A unit of consecutive fragments is read once for all tables that
-miss it; adding a prefix later touches no other table.
+Comes in: `documents`, the transform, the codecs. A unit of consecutive fragments, about `store.FRAGMENT_ROWS` rows, is
+read once for all tables that miss it and becomes one fragment of each; adding a prefix later touches no other table.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -31,13 +32,16 @@ from pipeline.tables import (
     prefix_schema,
     vector_matrix,
 )
-from pipeline.vectors import truncate
+from pipeline.vectors import Matrix, truncate
 from pipeline.workers import OnProgress, Pool, Progress
 
 log = logging.getLogger(__name__)
 
-UNIT_ROWS = 131_072
+PART_ROWS = 131_072
+"""Rows whose codes a worker holds at once, and of one digest; those of a larger unit are put by on disk."""
 BATCH_ROWS = 8_192
+BUFFER_BYTES = 128_000_000
+"""What Lance may read ahead; by itself it takes 2 GB."""
 MAX_CLIPPED = 0.001
 """Share of int8 numbers beyond the scale above which a warning is given."""
 
@@ -63,7 +67,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Derived:
-    """A published prefix table; `parts` are (rows, digest) of each unit, `files` sha256 of each data file."""
+    """A published prefix table; `parts` are (rows, digest) of up to PART_ROWS rows, `files` sha256 of data files."""
 
     name: str
     version: int
@@ -134,7 +138,7 @@ def _table(prefix: Prefix, parent: Parent, fits: Fits) -> Table:
         blocks=prefix.blocks,
     )
     named = f"{prefix.table} {list(prefix.blocks)}" if prefix.blocks else prefix.table
-    key = f"{FORMAT} {parent.digest} {name} {named} {scale} {rotation} {UNIT_ROWS}"
+    key = f"{FORMAT} {parent.digest} {name} {named} {scale} {rotation} {store.FRAGMENT_ROWS} {PART_ROWS}"
     return Table(prefix.table, hashlib.sha256(key.encode()).hexdigest()[:16], info, fitted)
 
 
@@ -149,11 +153,11 @@ def _slot(root: Root, table: Table, unit: int) -> Slot:
 
 
 def _groups(parent: Parent) -> list[tuple[int, ...]]:
-    """Consecutive fragments, about UNIT_ROWS rows at a time."""
+    """Consecutive fragments, about FRAGMENT_ROWS rows at a time."""
     groups: list[list[int]] = []
     rows = 0
     for fragment in store.open_table(parent.uri, parent.version).get_fragments():
-        if not groups or rows + fragment.count_rows() > UNIT_ROWS:
+        if not groups or rows + fragment.count_rows() > store.FRAGMENT_ROWS:
             groups.append([])
             rows = 0
         groups[-1].append(fragment.fragment_id)
@@ -172,38 +176,70 @@ class _Deriver:
     def __call__(self, unit: Unit) -> tuple[str, int, float]:
         fragments = [self._documents.get_fragment(number) for number in unit.fragments]
         names = ["row", *self._filters]
-        tables = [table for table, _ in unit.tables]
-        parts: dict[str, list[pa.RecordBatch]] = {table.name: [] for table in tables}
-        transforms = {table.transform: table.fitted.transform for table in tables}
-        clipped = dict.fromkeys(parts, 0.0)
+        codes = [_Codes(table, self._filters, self._root) for table, _ in unit.tables]
+        transforms = {table.transform: table.fitted.transform for table, _ in unit.tables}
         rows, start = 0, time.perf_counter()
-        scanner = self._documents.scanner(columns=[*names, "vector"], fragments=fragments, batch_size=BATCH_ROWS)
+        scanner = self._documents.scanner(
+            columns=[*names, "vector"], fragments=fragments, batch_size=BATCH_ROWS, io_buffer_size=BUFFER_BYTES
+        )
         for batch in scanner.to_batches():
             vectors = vector_matrix(batch.column("vector"))
             transformed = {name: transform.apply(vectors) for name, transform in transforms.items()}
             rows += batch.num_rows
-            for table in tables:
-                prefix = truncate(transformed[table.transform], table.info.dim)
-                clipped[table.name] += table.fitted.codec.clipped_share(prefix) * batch.num_rows
-                codes = block_arrays(table.fitted.codec.encode(prefix), table.info.blocks)
-                columns = [*(batch.column(name) for name in names), *codes]
-                parts[table.name].append(pa.RecordBatch.from_arrays(columns, schema=table.schema(self._filters)))
+            for one in codes:
+                one.add([batch.column(name) for name in names], transformed[one.table.transform])
             self.progress = Progress(self.progress.rows + batch.num_rows)
-        for table, slot in unit.tables:
-            self._write(slot, table, parts[table.name], clipped[table.name])
+        for one, (table, slot) in zip(codes, unit.tables, strict=True):
+            record = one.write(f"derive/{_key(table)}/{slot}")
+            Ledger(self._root, "derive", _key(table)).add(slot, record)
         return unit.name, rows, time.perf_counter() - start
 
-    def _write(self, slot: str, table: Table, parts: list[pa.RecordBatch], clipped_rows: float) -> None:
-        content = pa.Table.from_batches(parts)
-        schema = table.info.to_schema(content.schema)
-        written = store.write_fragments(self._root, table.name, content, schema, f"derive/{_key(table)}/{slot}")
-        record: Record = {
-            "rows": content.num_rows,
-            **written.to_json(),
-            "digest": logical_digest(content),
-            "clipped_rows": clipped_rows,
-        }
-        Ledger(self._root, "derive", _key(table)).add(slot, record)
+
+class _Codes:
+    """Codes of a unit for one table: at most PART_ROWS rows of them in memory, those before on disk as drafts."""
+
+    def __init__(self, table: Table, filters: Mapping[str, pa.DataType], root: Root) -> None:
+        self.table, self._root = table, root
+        self._schema = table.info.to_schema(table.schema(filters))
+        self._held: list[pa.RecordBatch] = []
+        self._rows, self._clipped = 0, 0.0
+        self._parts: list[tuple[int, str]] = []
+        self._draft: Path | None = None
+        self._files: list[Path] = []
+
+    def add(self, columns: Sequence[pa.Array], transformed: Matrix) -> None:
+        """Encode a batch; `columns` are those before the vector, `transformed` is float32[n, D]."""
+        codec = self.table.fitted.codec
+        prefix = truncate(transformed, self.table.info.dim)
+        self._clipped += codec.clipped_share(prefix) * len(prefix)
+        if self._rows + len(prefix) > PART_ROWS and self._held:
+            self._put_by()
+        codes = block_arrays(codec.encode(prefix), self.table.info.blocks)
+        self._held.append(pa.RecordBatch.from_arrays([*columns, *codes], schema=self._schema))
+        self._rows += len(prefix)
+
+    def write(self, slot: str) -> Record:
+        """One fragment of all rows; what its record says."""
+        if self._draft is None:
+            content: pa.Table | store.Stored = self._part()
+        else:
+            self._put_by()
+            content = store.Stored(self._files, sum(rows for rows, _ in self._parts))
+        written = store.write_fragments(self._root, self.table.name, content, self._schema, slot)
+        if self._draft is not None:
+            self._root.disk.remove_folder(self._draft)
+        return {"rows": content.num_rows, **written.to_json(), "parts": self._parts, "clipped_rows": self._clipped}
+
+    def _part(self) -> pa.Table:
+        """The rows held, as one part."""
+        part = pa.Table.from_batches(self._held, self._schema)
+        self._parts.append((part.num_rows, logical_digest(part)))
+        self._held, self._rows = [], 0
+        return part
+
+    def _put_by(self) -> None:
+        self._draft = self._draft or self._root.draft_folder()
+        self._files += store.draft_files(self._draft, self._part(), self._schema)
 
 
 def _publish(table: Table, units: int, filters: Mapping[str, pa.DataType], root: Root, afresh: bool) -> Derived:
@@ -213,6 +249,7 @@ def _publish(table: Table, units: int, filters: Mapping[str, pa.DataType], root:
     fragments = [fragment for record in records for fragment in record["fragments"]]
     version = store.commit(root, table.name, schema, fragments, afresh)
     rows = sum(record["rows"] for record in records)
+    parts = [(rows, digest) for record in records for rows, digest in record["parts"]]
     clipped = sum(record["clipped_rows"] for record in records) / max(rows, 1)
     if clipped > MAX_CLIPPED:
         log.warning(
@@ -225,9 +262,9 @@ def _publish(table: Table, units: int, filters: Mapping[str, pa.DataType], root:
         name=table.name,
         version=version,
         rows=rows,
-        digest=combined_digest([record["digest"] for record in records]),
+        digest=combined_digest([digest for _, digest in parts]),
         clipped_share=clipped,
-        parts=[(record["rows"], record["digest"]) for record in records],
+        parts=parts,
         files={path: digest for record in records for path, digest in record["files"].items()},
         fragments=fragments,
     )

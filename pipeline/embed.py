@@ -1,7 +1,8 @@
 """The embed stage: every usable row through the model once, at full dimension, into `documents`.
 
-Comes in: a scan and its shards. Workers write their shard's fragment and leave a record; the driver seals all of
-them in one record and publishes them in shard order with one commit. Vectors never pass through the driver.
+Comes in: a scan and its shards. Workers write their shard's fragment and leave a record, and join those of neighbours
+to few large ones; the driver seals all of them in one record and publishes them in order with one commit. Vectors
+never pass through the driver.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline import ledger, rows, store
+from pipeline import ledger, merge, rows, store
 from pipeline.embedder import (
     COUNTERS,
     Embedder,
@@ -29,6 +30,7 @@ from pipeline.embedder import (
 from pipeline.encoders.models import ModelFolder
 from pipeline.errors import DataError, PipelineError, SpecError
 from pipeline.ledger import Ledger, Record, Slot
+from pipeline.merge import Group
 from pipeline.sources import Shard
 from pipeline.spec import JobSpec
 from pipeline.storage import Root
@@ -37,7 +39,7 @@ from pipeline.workers import Died, OnProgress, Pool, Team
 
 log = logging.getLogger(__name__)
 
-STATE_FORMAT = 2
+STATE_FORMAT = 3
 """Version of what lies in `_state`; a root begun with another one is refused."""
 MAX_TRIALS = 256
 """Workers that one shard may cost while the rows that end them are looked for; each row costs about 14."""
@@ -73,7 +75,7 @@ def run(
 ) -> Full:
     """Embed what is missing and publish `documents`; `afresh` publishes it again, without its indexes.
 
-    `check_corpus` is called when all is embedded, before it is sealed: the texts must be those that were scanned.
+    `check_corpus` is called when all is embedded, before it is merged: the texts must be those that were scanned.
     `corpus_fields` are the corpus' part of the fingerprint. Raises StaleError where the root was begun
     otherwise, SpecError where a prefix is longer than the model's vectors, DataError where the budget is spent.
     """
@@ -84,29 +86,36 @@ def run(
         ledger.refuse_changes(root, standing, {field: wanted[field] for field in wanted if field != "scan"})
         check_dims(spec, standing["facts"]["full_dim"])
     is_whole = partial(_is_whole, root)
-    names = [shard.name for shard in shards]
-    seal = book.slot(_seal(book.newest(names)), is_whole)
+    groups = merge.groups(shards)
+    seal = book.slot(_seal(merge.newest(root, groups)), is_whole)
     if seal.record is None:
+        merged = merge.standing(root, groups)
+        open_ = [shard for group in groups if group.name not in merged for shard in group.shards]
+        names = [shard.name for shard in open_]
         slots = book.slots(names, is_whole)
-        todo = [(shard, slot.name) for shard, slot in zip(shards, slots, strict=True) if slot.record is None]
+        todo = [(shard, slot.name) for shard, slot in zip(open_, slots, strict=True) if slot.record is None]
         if todo:
             with pool.team(partial(Embedder, spec, folder, root, types), on_progress, gpus=True) as team:
                 standing = standing or _begin(spec, team.call(Resolve(shards[0])), fixed, root)
                 _embed(todo, Facts(**standing["facts"]), team)
             slots = book.slots(names)
-        seal = book.slot(_seal([slot.name for slot in slots]), is_whole)
+        assert standing is not None
+        done = dict(zip(names, slots, strict=True))
+        _check_budget(spec, shards, _records(groups, merged, done))
+        check_corpus()
+        _, schema = _looks(spec, types, standing)
+        merged = merge.run(groups, merged, done, schema, root, pool)
+        seal = book.slot(_seal(merge.newest(root, groups)), is_whole)
         if seal.record is None:
-            check_corpus()
-            seal = Slot(seal.name, book.add(seal.name, _sealed(spec, shards, slots, root)))
+            seal = Slot(seal.name, book.add(seal.name, _sealed(groups, merged, done, root)))
     assert standing is not None
-    facts, sealed = Facts(**standing["facts"]), seal.done
-    info = documents_info(facts, spec)
-    schema = info.to_schema(documents_columns(spec, types, facts))
+    sealed = seal.done
+    info, schema = _looks(spec, types, standing)
     return Full(
         version=store.commit(root, DOCUMENTS, schema, sealed["fragments"], afresh),
         digest=sealed["digest"],
         rows=sealed["rows"],
-        facts=facts,
+        facts=Facts(**standing["facts"]),
         info=info,
         parts=sealed["parts"],
         files=sealed["files"],
@@ -119,6 +128,18 @@ def run(
 def finished(root: Root) -> set[str]:
     """Names of the shards that have a record."""
     return {name for name in Ledger(root, "embed").names() if not name.startswith("sealed-")}
+
+
+def is_sealed(root: Root) -> bool:
+    """Whether the stage came to its end once: every shard embedded and merged."""
+    return any(name.startswith("sealed-") for name in Ledger(root, "embed").names())
+
+
+def _looks(spec: JobSpec, types: Mapping[str, pa.DataType], standing: Record) -> tuple[TableInfo, pa.Schema]:
+    """Metadata and schema of `documents`."""
+    facts = Facts(**standing["facts"])
+    info = documents_info(facts, spec)
+    return info, info.to_schema(documents_columns(spec, types, facts))
 
 
 def _seal(slots: Sequence[str]) -> str:
@@ -248,27 +269,47 @@ def check_dims(spec: JobSpec, full_dim: int) -> None:
             )
 
 
-def _sealed(spec: JobSpec, shards: Sequence[Shard], slots: Sequence[Slot], root: Root) -> Record:
-    """The record that ends the stage, from those of its shards; DataError where the budget is spent."""
-    records = [slot.done for slot in slots]
-    reasons = sum((Counter(record["quarantined"]) for record in records), Counter[str]())
+def _records(groups: Sequence[Group], merged: Mapping[str, Record], done: Mapping[str, Slot]) -> list[Record]:
+    """The records of all shards in order, of which a merge holds those that it joined."""
+    return [
+        record
+        for group in groups
+        for record in (
+            merged[group.name]["shards"] if group.name in merged else [done[shard.name].done for shard in group.shards]
+        )
+    ]
+
+
+def _reasons(records: Sequence[Record]) -> Counter[str]:
+    return sum((Counter(record["quarantined"]) for record in records), Counter[str]())
+
+
+def _check_budget(spec: JobSpec, shards: Sequence[Shard], records: Sequence[Record]) -> None:
+    """DataError where the budget is spent, or nothing is left."""
+    reasons = _reasons(records)
     rows.check_budget(spec.corpus, sum(shard.rows for shard in shards), reasons)
-    total = sum(record["rows"] for record in records)
-    if not total:
+    if not sum(record["rows"] for record in records):
         raise DataError(f"no row could be embedded: {dict(reasons)}")
+
+
+def _sealed(groups: Sequence[Group], merged: Mapping[str, Record], done: Mapping[str, Slot], root: Root) -> Record:
+    """The record that ends the stage, from those of its shards and merges."""
+    records = _records(groups, merged, done)
+    pieces = [merged[group.name] if group.name in merged else done[group.name].done for group in groups]
     aside = [row for record in records for row in record["set_aside"]]
     return {
         "quarantine": root.keep(parquet_bytes(pa.Table.from_pylist(aside, rows.QUARANTINE_SCHEMA))),
-        "fragments": [fragment for record in records for fragment in record["fragments"]],
-        "files": {path: digest for record in records for path, digest in record["files"].items()},
+        "fragments": [fragment for piece in pieces for fragment in piece["fragments"]],
+        "files": {path: digest for piece in pieces for path, digest in piece["files"].items()},
         "parts": [(record["rows"], record["digest"]) for record in records],
-        "rows": total,
+        "rows": sum(record["rows"] for record in records),
         "digest": combined_digest([record["digest"] for record in records]),
-        "quarantined": dict(reasons),
+        "quarantined": dict(_reasons(records)),
         "repaired": sum(record["repaired"] for record in records),
         "seconds": round(sum(record["seconds"] for record in records), 3),
         "peak_memory_bytes": max(record["peak_memory_bytes"] for record in records),
         **{name: sum(record[name] for record in records) for name in COUNTERS},
+        **{name: round(sum(piece.get(name, 0) for piece in pieces), 3) for name in merge.COUNTERS},
     }
 
 

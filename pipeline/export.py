@@ -1,22 +1,27 @@
 """`parquet/documents`: the finished `documents` table as Parquet, one file per fragment, where `embed.parquet` asks.
 
-Made from the stored fragments alone, so that whoever writes a file, and however often, writes the same bytes.
+Made from the stored fragments alone, so that whoever writes a file, and however often, writes the same bytes; a row
+group at a time, since a fragment may not fit into memory.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from pipeline import store
-from pipeline.embedder import parquet_bytes
 from pipeline.ledger import Ledger, Record
-from pipeline.storage import Root, sha256
+from pipeline.storage import Root
 from pipeline.tables import DOCUMENTS, Parent
 from pipeline.workers import Pool
 
 FOLDER = f"parquet/{DOCUMENTS}"
 GROUP_ROWS = 8_192
+BUFFER_BYTES = 128_000_000
+"""What Lance may read ahead; by itself it takes 2 GB."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +67,36 @@ class _Writer:
         self._documents = store.open_table(store.table_uri(root, DOCUMENTS), parent.version)
 
     def __call__(self, part: Part) -> Record:
-        table = self._documents.get_fragment(part.fragment).to_table()
-        data = parquet_bytes(
-            table, use_dictionary=False, use_byte_stream_split=["vector.list.element"], row_group_size=GROUP_ROWS
+        scanner = self._documents.scanner(
+            fragments=[self._documents.get_fragment(part.fragment)],
+            batch_size=GROUP_ROWS,
+            io_buffer_size=BUFFER_BYTES,
         )
-        self._root.write(part.file, data)
-        return self._book.add(
-            part.name, {"file": part.file, "bytes": len(data), "sha256": sha256(self._root / part.file)}
-        )
+        folder = self._root.draft_folder()
+        draft = folder / "part.parquet"
+        with pq.ParquetWriter(
+            draft,
+            self._documents.schema,
+            compression="zstd",
+            use_dictionary=False,
+            use_byte_stream_split=["vector.list.element"],
+        ) as writer:
+            for group in groups(scanner.to_batches(), self._documents.schema):
+                writer.write_table(group, row_group_size=GROUP_ROWS)
+        self._root.disk.sync(draft)
+        record = {"file": part.file, "bytes": self._root.disk.size(draft), "sha256": self._root.disk.digest(draft)}
+        self._root.adopt(draft, part.file)
+        self._root.disk.remove_folder(folder)
+        return self._book.add(part.name, record)
+
+
+def groups(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.Table]:
+    """Rows by GROUP_ROWS, however many a batch has."""
+    held = schema.empty_table()
+    for batch in batches:
+        held = pa.concat_tables([held, pa.Table.from_batches([batch], schema)])
+        while held.num_rows >= GROUP_ROWS:
+            yield held.slice(0, GROUP_ROWS)
+            held = held.slice(GROUP_ROWS)
+    if held.num_rows:
+        yield held

@@ -14,6 +14,7 @@ import numpy as np
 from pipeline import (
     adaptor,
     corpus as corpus_stage,
+    merge,
     probe,
     rows as row_rule,
 )
@@ -183,7 +184,8 @@ def transform_kind(asked: str, verdict: probe.Verdict, rows: int) -> str:
 def byte_figures(spec: JobSpec, rows: int, full_dim: int, documents: Line, filters: Line, kind: str) -> list[Figure]:
     """Bytes of each table's data, without indexes, and in all."""
     vector, number = bytes_per_row(full_dim, spec.embed.vectors), math.ceil(math.log2(max(rows, 2))) / 8
-    files = -(-rows // corpus_stage.shard_rows(rows, spec.corpus))
+    joint = merge.per_fragment(rows, corpus_stage.shard_rows(rows, spec.corpus))
+    files = -(-rows // max(joint, 1))
     weighed, packed = "columns (the sample, written as Lance)", f"{number:.3g} for row (packed)"
     size = documents.at(rows, files) + rows * (vector + DIGEST_BYTES + number)
     how = (
@@ -201,7 +203,11 @@ def byte_figures(spec: JobSpec, rows: int, full_dim: int, documents: Line, filte
     if spec.embed.parquet:
         found.append(replace(found[0], name="bytes.parquet", how="as documents"))
     total = sum(figure.value for figure in found)
-    return [*found, Figure("bytes", total, "bytes", "estimated", "sum of the above; indexes come on top")]
+    found.append(Figure("bytes", total, "bytes", "estimated", "sum of the above; indexes come on top"))
+    if corpus_stage.shard_rows(rows, spec.corpus) < joint:
+        how = f"while shards are merged, each worker needs room for a second copy of at most {joint:,} rows"
+        found.append(Figure("bytes.merging", found[0].value * joint / rows, "bytes", "estimated", how))
+    return found
 
 
 def parameter_numbers(prefixes: Sequence[Prefix], full_dim: int, kind: str) -> int:

@@ -18,6 +18,7 @@ SERIES = [f"var(--s{number})" for number in range(1, 7)]
 STRETCH = 6
 """Power of the quality axis against cost: near the best, where the choice is made, settings stand apart."""
 DASHES = [[1, 0], [5, 3], [2, 2]]
+MODES = ["alone", "rescored", "cascade", "exact", "margin", "predictor", "hybrid"]
 SHAPES = ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross"]
 MAX_POINTS = 400
 """Of a curve; more cannot be seen."""
@@ -151,7 +152,7 @@ def by_cost(rows: pl.DataFrame, metric: str, cost: str, title: str, source: str)
     )
     modes = numbers.with_columns(mode=pl.col("way").str.split(", ").list.first())
     points = _chart(modes).mark_point(size=70, strokeWidth=1.8).encode(
-        x=x, y=y, color=_color("codes", known), shape=_shape("mode", ["alone", "rescored", "cascade", "exact", "margin", "predictor"]),
+        x=x, y=y, color=_color("codes", known), shape=_shape("mode", MODES),
         opacity=alt.condition(picked, alt.value(0.95), alt.value(0.1)),
         tooltip=_tooltip(
             ("choice", "choice"), ("codes", "first table"), ("way", "searched"), (metric, label),

@@ -251,6 +251,8 @@ def _throughput(facts: Facts) -> Section:
         ("tokens cut off", f"{embed['cut_tokens']:,}"),
         ("batches halved for memory", f"{embed['halvings']:,}"),
         ("seconds, summed over workers", f"{spent:,.1f}"),
+        ("seconds, joining shards to few fragments", f"{embed.get('merge_seconds', 0.0):,.1f}"),
+        ("written again to join them", _mb(embed.get("merged_bytes", 0))),
         ("peak memory of a worker", _mb(embed["peak_memory_bytes"])),
     ]
     grids = [Grid("The embed stage, counted by its workers", [("", False), ("measured", True)], facts_of)]

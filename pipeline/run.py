@@ -28,6 +28,7 @@ from pipeline import (
     index,
     ledger,
     lock,
+    merge,
     plan,
     queries,
     repair,
@@ -143,11 +144,14 @@ class _Run:
             exported = export.run(parent, root, self.pool) if spec.embed.parquet else {}
         counters = full.counters
         log.info(
-            "embed rows=%d tokens=%d cut_rows=%d cut_tokens=%d peak_worker_mb=%d peak_driver_mb=%d",
+            "embed rows=%d tokens=%d cut_rows=%d cut_tokens=%d merge_seconds=%.1f merged_mb=%d peak_worker_mb=%d "
+            "peak_driver_mb=%d",
             full.rows,
             counters["tokens"],
             counters["cut_rows"],
             counters["cut_tokens"],
+            counters["merge_seconds"],
+            counters["merged_bytes"] / 1e6,
             counters["peak_memory_bytes"] / 1e6,
             peak_memory_bytes() / 1e6,
         )
@@ -225,17 +229,19 @@ class _Run:
         full_dim = begun["facts"]["full_dim"] if begun else self.folder.dim or max(one.dim for one in spec.prefixes)
         each = sum(one.bytes_per_row for one in spec.prefixes if one.table not in known)
         rows = scan.rows - sum(scan.reasons.values())
-        done = len(embed.finished(self.root)) * corpus.shard_rows(scan.rows, spec.corpus)
-        needed = rows * each + max(0, rows - done) * bytes_per_row(full_dim, spec.embed.vectors)
+        shard_rows = corpus.shard_rows(scan.rows, spec.corpus)
+        done = len(embed.finished(self.root)) * shard_rows
+        twice = merge.room(self.root, scan.rows, shard_rows)
+        width = bytes_per_row(full_dim, spec.embed.vectors)
+        needed = rows * each + (max(0, rows - done) + twice) * width
         if spec.search.cache and (newest is None or not newest.get("cache")):
-            needed += rows * (
-                sum(one.bytes_per_row for one in spec.prefixes) + bytes_per_row(full_dim, spec.embed.vectors)
-            )
+            needed += rows * (sum(one.bytes_per_row for one in spec.prefixes) + width)
         free = self.root.disk.free(self.root.path)
         if needed > free:
+            merging = f", {twice * width / 1e9:.3f} GB of it while fragments are merged" if twice else ""
             raise PipelineError(
                 f"{self.root.path} has {free / 1e9:.3f} GB left, the job needs at least {needed / 1e9:.3f} GB for the "
-                f"vectors of {rows:,} rows alone; make room, or choose another root"
+                f"vectors of {rows:,} rows alone{merging}; make room, or choose another root"
             )
 
     def _candidate(
@@ -274,7 +280,7 @@ class _Run:
         self.data_files = {DOCUMENTS: full.files, PARAMETERS: fits.record["files"]}
         self.data_files |= {table.name: table.files for table in derived}
         facts = full.facts
-        counters = {name: full.counters[name] for name in (*COUNTERS, "seconds", "peak_memory_bytes")}
+        counters = {name: full.counters[name] for name in (*COUNTERS, *merge.COUNTERS, "seconds", "peak_memory_bytes")}
         return {
             "format": FORMAT,
             "spec": self.spec.model_dump(mode="json"),

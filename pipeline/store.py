@@ -7,7 +7,7 @@ returns, and no reader sees them before `commit`. Lance itself neither deduplica
 import io
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,14 +15,19 @@ from typing import Any, TypeAlias
 import lance
 import numpy as np
 import pyarrow as pa
+from lance.file import LanceFileReader
 from lance.fragment import FragmentMetadata, write_fragments as lance_write_fragments
 
 from pipeline.errors import DamageError, StaleError
-from pipeline.storage import STATE, Root, read_signed, sha256, signed, to_json
+from pipeline.storage import STATE, Root, read_signed, signed, to_json
 
 Table: TypeAlias = lance.LanceDataset
 LANCE_FORMAT = "2.2"
 """Newer formats that pylance can write are unreadable in lancedb 0.40."""
+FRAGMENT_ROWS = 1_048_576
+"""Rows of a published fragment, about: a `take` from 244 fragments costs four times one from a single one (measured).
+Another number is another grouping of shards: then raise `embed.STATE_FORMAT`."""
+READ_ROWS = 8_192
 MOVES = f"{STATE}/moves"
 """One note per data file that is moved into a table, naming the record that will hold it."""
 
@@ -37,6 +42,23 @@ class Written:
     def to_json(self) -> dict[str, Any]:
         """As it stands in a record."""
         return {"fragments": list(self.fragments), "files": dict(self.files)}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Rows that lie in data files which no version need hold, in order; they are streamed, never all in memory."""
+
+    files: Sequence[Path]
+    num_rows: int
+
+    def reader(self, schema: pa.Schema) -> pa.RecordBatchReader:
+        """The rows in batches, under this schema, which has to have the files' columns."""
+        return pa.RecordBatchReader.from_batches(schema, self._batches(schema))
+
+    def _batches(self, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        for path in self.files:
+            for batch in LanceFileReader(str(path)).read_all(batch_size=READ_ROWS).to_batches():
+                yield pa.RecordBatch.from_arrays(batch.columns, schema=schema)
 
 
 def table_name(table: str) -> str:
@@ -66,10 +88,14 @@ def from_npy(data: bytes) -> Any:
     return np.load(io.BytesIO(data), allow_pickle=False)
 
 
-def draft_fragments(folder: Path, data: pa.Table, schema: pa.Schema) -> list[FragmentMetadata]:
+def draft_fragments(folder: Path, data: pa.Table | Stored, schema: pa.Schema) -> list[FragmentMetadata]:
     """Rows as the fragments of a table that is never committed; OSError where not all were written."""
+    if isinstance(data, Stored):
+        source: pa.Table | pa.RecordBatchReader = data.reader(schema)
+    else:
+        source = data.cast(schema) if data.schema != schema else data
     fragments = lance_write_fragments(
-        data.cast(schema) if data.schema != schema else data,
+        source,
         str(folder),
         schema=schema,
         mode="create",
@@ -82,7 +108,12 @@ def draft_fragments(folder: Path, data: pa.Table, schema: pa.Schema) -> list[Fra
     return list(fragments)
 
 
-def write_fragments(root: Root, table: str, data: pa.Table, schema: pa.Schema, record: str) -> Written:
+def draft_files(folder: Path, data: pa.Table, schema: pa.Schema) -> list[Path]:
+    """Rows put by in a draft folder, to be joined with others; the data files."""
+    return [folder / "data" / file.path for one in draft_fragments(folder, data, schema) for file in one.files]
+
+
+def write_fragments(root: Root, table: str, data: pa.Table | Stored, schema: pa.Schema, record: str) -> Written:
     """Write rows that no reader sees until `commit`, durable when this returns; `record` will name their files.
 
     A note tells first where the files will lie, so that `drop_leftovers` finds those that no record came to hold.
@@ -192,7 +223,10 @@ def check_files(root: Root, table: str, files: Mapping[str, str]) -> None:
     """Compare data files with their sha256; a damaged one is set aside and DamageError raised."""
     for path, digest in files.items():
         name = data_name(table, path)
-        if sha256(root / name) != digest:
+        found = root.disk.digest(root / name)
+        if found is None:
+            raise DamageError(f"{root / name} is gone; run again to redo its rows")
+        if found != digest:
             root.set_aside(name)
             raise DamageError(f"{root / name} is not what was written; it was set aside, run again to redo its rows")
 

@@ -26,7 +26,7 @@ LEVELS = [
     {"spec", "store", "docstrings", "tables", "ids", "lock", "ledger"},
     {"sources", "encoders", "workers", "repair"},
     {"rows", "queries", "drift", "views"},
-    {"embedder", "levels"},
+    {"embedder", "merge", "levels"},
     {"corpus", "embed", "export", "fit", "derive", "index", "cascade", "cache"},
     {"anytime"},
     {"search"},

@@ -364,15 +364,15 @@ def test_explain_and_the_query_log_name_the_dims(root, index, tmp_path):
 
 def test_a_run_that_was_stopped_between_tables_goes_on(root, tmp_path, model, monkeypatch):
     job = JobSpec.of(job_values(tmp_path, model))
-    write = derive._Deriver._write
+    write = derive._Codes.write
 
-    def stopped(self, slot, table, *rest):
-        if table.name == SINGLE:
+    def stopped(self, slot):
+        if self.table.name == SINGLE:
             raise OSError("no space left")
-        write(self, slot, table, *rest)
+        return write(self, slot)
 
     with monkeypatch.context() as patch:
-        patch.setattr(derive._Deriver, "_write", stopped)
+        patch.setattr(derive._Codes, "write", stopped)
         with pytest.raises(OSError, match="no space left"):
             run(job)
     first = next((tmp_path / "root" / "lancedb" / f"{HALF}.lance" / "data").iterdir())

@@ -78,7 +78,7 @@ def test_bytes_of_tables_are_rows_times_their_width():
     spec = spec_of(embed={"parquet": True}, corpus={"source": "x", "text": "t", "shard_rows": 500})
     found = named(figures.byte_figures(spec, 1_000, 384, sample.Line(300, 50), sample.Line(200, 4), "pca"))
     number = 1_000 * 10 // 8  # row numbers below 1,024 are packed into 10 bits
-    documents = 2 * 300 + 1_000 * (50 + 384 * 2 + 16) + number  # two shards of 500
+    documents = 300 + 1_000 * (50 + 384 * 2 + 16) + number  # two shards of 500, merged to one fragment
     parameters = 2_000 + 4 * (385 * 384 + 64 * 64)
     assert found == {
         "bytes.documents": documents,
@@ -87,7 +87,13 @@ def test_bytes_of_tables_are_rows_times_their_width():
         "bytes.parameters": parameters,
         "bytes.parquet": documents,
         "bytes": 2 * documents + 12_200 + 132_200 + 2 * number + parameters,
+        "bytes.merging": documents,
     }
+    one = spec_of(corpus={"source": "x", "text": "t", "shard_rows": 1_000})
+    found = named(figures.byte_figures(one, 1_000, 384, sample.Line(300, 50), sample.Line(200, 4), "pca"))
+    assert found["bytes.documents"] == documents and "bytes.merging" not in found
+    large = named(figures.byte_figures(spec_of(), 3 * 2**20, 384, sample.Line(0, 50), sample.Line(0, 4), "pca"))
+    assert large["bytes.merging"] == pytest.approx(large["bytes.documents"] / 3, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import lance
 import polars as pl
 import pytest
 
-from pipeline import run
+from pipeline import run, store
 from pipeline.errors import DataError, LockedError, PipelineError, StaleError
 from pipeline.lock import lock
 from pipeline.storage import Root
@@ -124,7 +124,7 @@ def test_a_killed_driver_resumes_at_the_next_shard(big):
     assert code == 0, err
     assert err.count("embed shard=") <= ROWS // SHARD_ROWS - len(before) + 1
     assert_same(root, undisturbed(job, root))
-    assert len(written_files(root)) <= ROWS // SHARD_ROWS + 1  # at most the shard in flight was done again
+    assert len(written_files(root)) == 1  # all shards in one fragment, and nothing is left of them
 
 
 def test_a_killed_worker_is_replaced(big):
@@ -139,7 +139,8 @@ def test_a_killed_worker_is_replaced(big):
     assert at_kill < ROWS // SHARD_ROWS
     assert "worker died" in err
     assert_same(root, undisturbed(job, root))
-    assert len(written_files(root)) <= ROWS // SHARD_ROWS + 1
+    assert err.count("embed shard=") == len(records(root)) == ROWS // SHARD_ROWS
+    assert len(written_files(root)) == 1
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -230,7 +231,8 @@ def test_a_lost_prefix_table_is_derived_again(spec):
     assert again["tables"]["documents"] == first["tables"]["documents"]
 
 
-def test_a_lost_data_file_costs_its_shard_only(spec):
+def test_a_lost_data_file_costs_its_shard_only(spec, monkeypatch):
+    monkeypatch.setattr(store, "FRAGMENT_ROWS", 50)
     first = run(spec(corpus__shard_rows=50))
     root = Path(first["spec"]["root"])
     lost = sorted(written_files(root))[0]
@@ -329,6 +331,19 @@ def test_a_job_that_cannot_fit_is_refused_before_a_model_is_loaded(spec, monkeyp
     first = run(spec())
     monkeypatch.setattr(storage.Disk, "free", lambda disk, folder: 0)
     assert run(spec())["generation"] == first["generation"]
+
+
+def test_shards_that_are_to_be_merged_need_room_for_a_second_copy(spec, monkeypatch):
+    from pipeline import storage
+
+    monkeypatch.setattr(store, "FRAGMENT_ROWS", 100)
+    job = spec(corpus__shard_rows=50)
+    needed = 120 * (2 * 32 + 1 + 16 + 32) + 100 * 2 * 32
+    monkeypatch.setattr(storage.Disk, "free", lambda disk, folder: needed - 1)
+    with pytest.raises(PipelineError, match="0.000 GB of it while fragments are merged"):
+        run(job)
+    monkeypatch.setattr(storage.Disk, "free", lambda disk, folder: needed)
+    run(job)
 
 
 def test_a_file_that_changes_under_the_job_is_refused_though_size_and_time_are_the_same(spec, tmp_path):

@@ -10,14 +10,15 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import run
+from pipeline import run, store
 from pipeline.tables import METADATA_KEY
 from tests.conftest import DIM, corpus_frame
 
 
 @pytest.fixture
-def written(spec):
-    """A finished root with Parquet, a kept and a filter column."""
+def written(spec, monkeypatch):
+    """A finished root with Parquet, a kept and a filter column; two shards of three are merged."""
+    monkeypatch.setattr(store, "FRAGMENT_ROWS", 100)
     job = spec(corpus__keep=["title"], corpus__filter=["lang"], embed__parquet=True, corpus__shard_rows=50)
     return Path(job.root), run(job)
 
@@ -121,7 +122,7 @@ def test_polars_reads_everything_as_fixed_size_arrays(written):
 def test_parquet_files_are_byte_split_zstd_without_dictionary(written):
     root, generation = written
     files = sorted((root / "parquet" / "documents").iterdir())
-    assert [file.name for file in files] == [f"part-000000{number}.parquet" for number in range(3)]
+    assert [file.name for file in files] == [f"part-000000{number}.parquet" for number in range(2)]
     column = pq.ParquetFile(files[0]).metadata.row_group(0)
     vector = next(c for c in map(column.column, range(column.num_columns)) if c.path_in_schema.startswith("vector"))
     assert vector.compression == "ZSTD"

@@ -52,6 +52,7 @@ def fail_at(spec: Any, number: int, error: int) -> None:
 
 def limited(spec: Any, size: int) -> None:
     """Run the job with a limit on the size of files."""
+    kills.install()
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     kills.quiet()

@@ -37,7 +37,8 @@ from tests.conftest import corpus_frame, save_model
 
 CHECKOUT = Path(__file__).parents[2]
 IMPORTED = (lancedb, pl, sentence_transformers)
-ROWS, SHARD_ROWS = 24, 4
+ROWS, SHARD_ROWS, FRAGMENT_ROWS = 24, 4, 20
+"""Five shards are merged, the sixth stays as it is."""
 SECONDS = 60
 """A run that takes longer is ended, and counts as failed."""
 
@@ -68,6 +69,7 @@ def install() -> None:
         setattr(Disk, name, spied(name, getattr(Disk, name)))
     store.draft_fragments = spied("lance write", store.draft_fragments)
     store._overwrite = spied("lance commit", store._overwrite)
+    store.FRAGMENT_ROWS = FRAGMENT_ROWS
     index._ann = spied("lance index", index._ann)
 
 
@@ -171,6 +173,7 @@ def tables(root: Path) -> dict[str, Any]:
         "documents": read,
         "corpus": manifest["corpus"],
         "parquet": sorted(path.name for path in (root / "parquet/documents").iterdir()),
+        "files": {name: len(list(root.glob(f"lancedb/{name}.lance/data/*"))) for name in manifest["tables"]},
     }
 
 
@@ -206,7 +209,7 @@ def kill_points(folder: Path, count: int, seed: int) -> dict[str, Any]:
         shutil.rmtree(root, ignore_errors=True)
         spec = job(folder, root)
         ended = child(lambda: go(spec, until=number))
-        before = set((root / "_state" / "embed").glob("[0-9]*.json"))
+        before = set((root / "_state" / "embed").glob("[0-9]*.json")) | set((root / "_state/merge").glob("*.json"))
         files = len(list((root / "lancedb/documents.lance/data").glob("*.lance")))
         again = child(lambda: go(spec))
         checked = child(lambda: check(root, golden)) if again == 0 else 1

@@ -38,6 +38,9 @@ from tests.faults import kills
 
 ROWS, SHARD_ROWS = 24, 4
 SHARDS = ROWS // SHARD_ROWS
+TOGETHER = 2
+"""Shards to a fragment."""
+FRAGMENTS = SHARDS // TOGETHER
 NULL_ROW = 9
 KINDS = ("pca", "order", "none")
 PREFIXES = {
@@ -56,7 +59,7 @@ REFUSED = {
     "model.batch_tokens": 77,
     "model.prompts": {"document": "w001 "},
 }
-RECORDS = ("embed", "derive", "fit", "corpus", "parameters", "parquet", "kept")
+RECORDS = ("embed", "merge", "derive", "fit", "corpus", "parameters", "parquet", "kept")
 """Folders of `_state` whose files stand until something better stands in their place."""
 MOMENTS = st.one_of(st.integers(1, 40), st.integers(1, 190), st.integers(1, 440), st.integers(1, 650))
 """Two a step: a job from nothing has some 650, one that derives again 440, one with nothing to do 190."""
@@ -118,6 +121,7 @@ class World:
 def world(folder: Path) -> Iterator[World]:
     """Prepare everything; steps are numbered and embeddings counted until it ends."""
     made = World(folder)
+    rows, store.FRAGMENT_ROWS = store.FRAGMENT_ROWS, TOGETHER * SHARD_ROWS
     save_model(folder / "model")
     frame = corpus_frame(ROWS)
     texts = [None if number == NULL_ROW else text for number, text in enumerate(frame["text"])]
@@ -141,6 +145,7 @@ def world(folder: Path) -> Iterator[World]:
         patch.setattr(index, "_ann", kills.spied("lance index", index._ann))
         patch.setattr(Embedder, "_embed", counted)
         yield made
+    store.FRAGMENT_ROWS = rows
 
 
 def seen(root: Path) -> dict[str, Any]:
@@ -198,6 +203,7 @@ PUBLISHED: tuple[str, ...] = (
     "generations",
     "parquet",
     "_state/embed",
+    "_state/merge",
     "_state/derive",
     "_state/fit",
     "_state/parameters",
@@ -232,7 +238,7 @@ class Machine(RuleBasedStateMachine):
             "crashed": False,
             "damaged": None,
             "embedded": SHARDS,  # shards that went through the model when all is done, all runs together
-            "records lost": 0,  # damaged records of shards: one may cost its shard, and leave its data file
+            "records lost": 0,  # shards whose record, or merge, was damaged: they may be lost, and leave a file
         }
         self.world.embedded.clear()
 
@@ -268,8 +274,8 @@ class Machine(RuleBasedStateMachine):
         held = {name for name in generation["files"] if name.startswith("lancedb/documents.lance/data/")}
         there = set(stamps(root, "lancedb/documents.lance/data"))
         assert held <= there
-        assert SHARDS <= len(there) <= SHARDS + self.must["records lost"], sorted(there)
-        assert len(list(root.glob("parquet/documents/*.parquet"))) >= SHARDS * self.asked["parquet"]
+        assert FRAGMENTS <= len(there) <= FRAGMENTS + self.must["records lost"], sorted(there)
+        assert len(list(root.glob("parquet/documents/*.parquet"))) >= FRAGMENTS * self.asked["parquet"]
 
     def same_as_undisturbed(self) -> None:
         """What a reader sees is whole, and is one of the generations that can be there."""
@@ -422,8 +428,9 @@ class Machine(RuleBasedStateMachine):
         root = self.world.root
         name = pick(self.committed(), draw)
         self.say(f"damage {how} {name}")
-        self.must["embedded"] += name.startswith("lancedb/documents.lance/data/")
+        self.must["embedded"] += TOGETHER * name.startswith("lancedb/documents.lance/data/")
         self.must["records lost"] += name.startswith("_state/embed/") and "sealed" not in name
+        self.must["records lost"] += TOGETHER * name.startswith("_state/merge/")
         path = root / name
         data = bytearray(path.read_bytes())
         path.unlink()

@@ -24,8 +24,14 @@ CHECKOUT = Path(__file__).parents[2]
 COPIED = ("pipeline", "tests", "pyproject.toml", "README.md")
 SECONDS = 300
 """A run that takes longer counts as failed: what never ends is noticed too."""
-TESTS = tuple(f"tests/test_{name}.py" for name in ("storage", "ledger", "store", "stopping"))
-NEXT_TO = {"storage.py": "storage", "lock.py": "storage", "ledger.py": "ledger", "stopping.py": "stopping"}
+TESTS = tuple(f"tests/test_{name}.py" for name in ("storage", "ledger", "store", "stopping", "merge"))
+NEXT_TO = {
+    "storage.py": "storage",
+    "merge.py": "merge",
+    "lock.py": "storage",
+    "ledger.py": "ledger",
+    "stopping.py": "stopping",
+}
 """Whose tests are asked first."""
 SCHEDULES = ("-m", "tests.faults.schedules", "--count", "400")
 PYTEST = ("-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=line")
@@ -320,7 +326,7 @@ STORE = [
     ("deleted rows are not seen", "return not any(one.deletion_file for one in held) and [", "return ["),
     (
         "data files are not compared",
-        "        if sha256(root / name) != digest:\n            root.set_aside(name)\n            raise DamageError(f",
+        "        if found != digest:\n            root.set_aside(name)\n            raise DamageError(f",
         "        if False:\n            raise DamageError(f",
     ),
     (
@@ -384,9 +390,24 @@ OTHERS = [
     (
         "shards that are done are not looked at",
         "embed.py",
-        "for name in names]\n        todo =",
-        "for name in names]\n        slots = [Slot(slot.name) for slot in slots]\n        todo =",
+        "        slots = book.slots(names, is_whole)\n",
+        "        slots = [Slot(slot.name) for slot in book.slots(names, is_whole)]\n",
     ),
+]
+MERGE = [
+    ("merged shards stay", '        root.delete(f"{folder}/{path}")\n', "        pass\n"),
+    (
+        "merged shards go before the merge is there for sure",
+        "    root.disk.sync_folder(root / _book(root).folder)\n",
+        "",
+    ),
+    ("merged shards do not go for sure", "    root.disk.sync_folder(root / folder)\n", ""),
+    ("shards of an earlier merge stay", "    _drop_shards(root, records.values())\n", ""),
+    ("a done merge is done again", "if found is None else found", "if True else found"),
+    ("shards are not compared before they are merged", "        store.check_files(self._root, DOCUMENTS, files)\n", ""),
+    ("a lost fragment is whole", '    return store.is_whole(root, DOCUMENTS, record["fragments"])', "    return True"),
+    ("a merge is taken for another group's", 'return f"{first}-{last}" if self.is_joint else first', "return first"),
+    ("no group ends", "if not found or rows + shard.rows > store.FRAGMENT_ROWS:", "if not found:"),
 ]
 STOPPING = [
     ("the first signal stops nothing", "    if not _state.patient:\n        raise Stopped(number)\n", ""),
@@ -409,6 +430,7 @@ MUTATIONS = [
     *(Mutation(name, "lock.py", old, new) for name, old, new in LOCK),
     *(Mutation(name, "ledger.py", old, new) for name, old, new in LEDGER),
     *(Mutation(name, "store.py", old, new) for name, old, new in STORE),
+    *(Mutation(name, "merge.py", old, new) for name, old, new in MERGE),
     *(Mutation(name, "stopping.py", old, new) for name, old, new in STOPPING),
     *(Mutation(name, file, old, new) for name, file, old, new in OTHERS),
 ]

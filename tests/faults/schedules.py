@@ -2,10 +2,11 @@
 
     python -m tests.faults.schedules --seed 0 --count 1000
 
-The lock, the ledger, the embed stage's driver, commits, publishing and clean-up are the real code; a stand-in takes
-the place of the model (a hash of the row) and of Lance (files and versions on the simulated disk). A second, derived
-table goes through the same ledger. Every schedule: two jobs on two hosts start at random moments, faults strike, then
-one undisturbed run finishes; a checker that shares no code with the project looks at the files that are left.
+The lock, the ledger, the embed stage's driver, merging (of two shards of three), commits, publishing and clean-up are
+the real code; a stand-in takes the place of the model (a hash of the row) and of Lance (files and versions on the
+simulated disk). A second, derived table goes through the same ledger. Every schedule: two jobs on two hosts start at
+random moments, faults strike, then one undisturbed run finishes; a checker that shares no code with the project looks
+at the files that are left.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from unittest import mock
 
 import pyarrow as pa
 
-from pipeline import embed, ledger, lock, storage, store
+from pipeline import embed, ledger, lock, merge, storage, store
 from pipeline.embedder import COUNTERS, Embedder, Facts, Trial, Work, parquet_bytes
 from pipeline.encoders.models import ModelFolder
 from pipeline.errors import PipelineError
@@ -33,11 +34,12 @@ from pipeline.storage import Root
 from pipeline.workers import MAX_TRIES, Died, Team
 from tests.faults.simulated import Odds, SimDisk, World
 
-SHARDS, SHARD_ROWS = 3, 2
+SHARDS, SHARD_ROWS, FRAGMENT_ROWS = 3, 2, 5
 QUARANTINED = {3}
 """Rows that cannot be embedded."""
 ROOT = Path("/root")
 DERIVED = "prefix"
+DATA = "lancedb/documents.lance/data/"
 SPEC = JobSpec.of(
     {
         "name": "simulated",
@@ -113,9 +115,13 @@ def draft_fragments(folder: Path, data: Any, schema: Any) -> list[Any]:
     """In Lance's place: one file of rows."""
     disk = CURRENT.disk
     name = f"{disk.unique()}.lance"
-    content = json.dumps(data.content).encode()
+    if isinstance(data, store.Stored):
+        rows = {row: value for path in data.files for row, value in json.loads(disk.get(path)).items()}
+    else:
+        rows = data.content
+    content = json.dumps(rows).encode()
     disk.put(folder / "data" / name, content)
-    return [Fragment(name, len(content), data.num_rows)]
+    return [Fragment(name, len(content), len(rows))]
 
 
 @dataclass
@@ -199,10 +205,15 @@ class SimTeam(Team):
     def _one(self, item: Any, tries: int) -> Any:
         world = self._world
         driver = world.here()
+
+        def work() -> Any:
+            is_merge = isinstance(item, merge.Work)
+            return (merge.Merger(self._root, pa.schema([]), 1) if is_merge else StubEmbedder(self._root))(item)
+
         for _ in range(tries):
-            workers = [world.start(driver.host, lambda: StubEmbedder(self._root)(item))]
+            workers = [world.start(driver.host, work)]
             if world.chance(world.odds.fail):  # the reply is lost, or thought lost: the item is given out again
-                workers.append(world.start(driver.host, lambda: StubEmbedder(self._root)(item)))
+                workers.append(world.start(driver.host, work))
             world.wait(lambda: any(world.is_over(one) for one in workers))
             over = next(one for one in workers if world.is_over(one))
             if over.error is not None:
@@ -387,7 +398,7 @@ def _nothing_left_over(files: dict[str, bytes]) -> None:
         raise Violation(f"P4: drafts are left: {drafts[:3]}")
     held = set()
     for name, data in files.items():
-        if name.endswith(".json") and name.startswith(("_state/embed", "_state/derive")):
+        if name.endswith(".json") and name.startswith(("_state/embed", "_state/merge", "_state/derive")):
             held |= set(json.loads(data).get("files", {}))
     pending = set()
     for name, data in files.items():
@@ -396,6 +407,10 @@ def _nothing_left_over(files: dict[str, bytes]) -> None:
     stray = [name for name in files if "/data/" in name and name.rpartition("/")[2] not in held | pending]
     if stray:
         raise Violation(f"P4: files that no record names are left: {stray[:3]}")
+    merges = [json.loads(data) for name, data in files.items() if name.startswith("_state/merge/")]
+    twice = [path for one in merges for shard in one["shards"] for path in shard["files"] if f"{DATA}{path}" in files]
+    if twice:
+        raise Violation(f"P4: files of merged shards are left: {twice[:3]}")
 
 
 def _once_made_stay(world: World) -> None:
@@ -417,6 +432,7 @@ def patched() -> Any:
         _overwrite=overwrite,
         _landed=landed,
         sync_table=sync_table,
+        FRAGMENT_ROWS=FRAGMENT_ROWS,
     )
     owner = mock.patch.multiple(
         lock.Owner,

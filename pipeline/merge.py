@@ -1,0 +1,176 @@
+"""Few fragments: what the shards' workers wrote is joined to fragments of about `store.FRAGMENT_ROWS` rows.
+
+Consecutive shards form a group, by their rows in the corpus; a group of one stays as it is. A merge is done when its
+record is, as a shard is. The record holds those of its shards too, so that it stands without them: their files are
+deleted as soon as it is on disk, and merging needs room for one more copy of a group only. Rows, their order and the
+digests of their shards stay what they were.
+"""
+
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import pyarrow as pa
+
+from pipeline import store
+from pipeline.ledger import Ledger, Record, Slot
+from pipeline.sources import Shard
+from pipeline.storage import Root
+from pipeline.tables import DOCUMENTS
+from pipeline.workers import Pool
+
+log = logging.getLogger(__name__)
+
+COUNTERS = ("merge_seconds", "merged_bytes")
+"""What merging cost: seconds of all workers, bytes written again."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Consecutive shards whose rows lie in one fragment."""
+
+    shards: tuple[Shard, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of its record, by which other groups are never taken for it."""
+        first, last = self.shards[0].name, self.shards[-1].name
+        return f"{first}-{last}" if self.is_joint else first
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether there is anything to join."""
+        return len(self.shards) > 1
+
+
+@dataclass(frozen=True)
+class Work:
+    """A group to merge: the slot of its record, and those of its shards' records, in order."""
+
+    name: str
+    shards: tuple[str, ...]
+
+
+def groups(shards: Sequence[Shard]) -> list[Group]:
+    """All shards in order, joined up to FRAGMENT_ROWS rows of the corpus; known before anything is embedded."""
+    found: list[list[Shard]] = []
+    rows = 0
+    for shard in shards:
+        if not found or rows + shard.rows > store.FRAGMENT_ROWS:
+            found.append([])
+            rows = 0
+        found[-1].append(shard)
+        rows += shard.rows
+    return [Group(tuple(group)) for group in found]
+
+
+def per_fragment(rows: int, shard_rows: int) -> int:
+    """Rows of a full fragment where `rows` rows are cut into shards of so many."""
+    return min(rows, shard_rows * max(1, store.FRAGMENT_ROWS // shard_rows))
+
+
+def room(root: Root, rows: int, shard_rows: int) -> int:
+    """Rows that stand twice, at least, while the groups that are not merged yet are; 0 where there are none."""
+    joint = per_fragment(rows, shard_rows)
+    tail = rows % joint if joint else 0
+    count = rows // joint + (tail > shard_rows) if joint > shard_rows else 0
+    return joint if count > len(_book(root).names()) else 0
+
+
+def newest(root: Root, groups: Sequence[Group]) -> list[str]:
+    """What each group's record is called, by the names of records alone: of its merge, or of its only shard."""
+    merged = _book(root).newest([group.name for group in groups])
+    alone = Ledger(root, "embed").newest([group.name for group in groups])
+    return [f"merge/{both}" if group.is_joint else one for group, both, one in zip(groups, merged, alone, strict=True)]
+
+
+def standing(root: Root, groups: Sequence[Group]) -> dict[str, Record]:
+    """Records of merges whose files are there, by the group's name; their shards are done, whatever became of them."""
+    names = [group.name for group in groups if group.is_joint]
+    slots = _book(root).slots(names, partial(_is_whole, root))
+    return {name: slot.record for name, slot in zip(names, slots, strict=True) if slot.record is not None}
+
+
+def run(
+    groups: Sequence[Group],
+    merged: Mapping[str, Record],
+    slots: Mapping[str, Slot],
+    schema: pa.Schema,
+    root: Root,
+    pool: Pool,
+) -> dict[str, Record]:
+    """Merge every group that `merged` lacks; the record of each. Files of the shards are gone when this returns.
+
+    `slots` are of the shards, by name; all of them are done. DamageError where a shard's file is not what it was.
+    """
+    records = dict(merged)
+    _drop_shards(root, records.values())
+    joint = [group for group in groups if group.is_joint and group.name not in merged]
+    places = _book(root).slots([group.name for group in joint], partial(_is_whole, root))
+    todo = [
+        Work(place.name, tuple(slots[shard.name].name for shard in group.shards))
+        for place, group in zip(places, joint, strict=True)
+    ]
+    if todo:
+        with pool.team(partial(Merger, root, schema)) as team:
+            for record in team.map(todo):
+                _drop_shards(root, [record])
+                records[record["group"]] = record
+                log.info(
+                    "embed merged=%s shards=%d rows=%d bytes=%d seconds=%.1f",
+                    record["group"], len(record["shards"]), record["rows"], record["merged_bytes"],
+                    record["merge_seconds"],
+                )  # fmt: skip
+    return records
+
+
+class Merger:
+    """Reads the shards of a group, a batch at a time, and writes one fragment of them."""
+
+    def __init__(self, root: Root, schema: pa.Schema, threads: int) -> None:
+        self._root, self._schema = root, schema
+
+    def __call__(self, work: Work) -> Record:
+        """The record of a group."""
+        found = _book(self._root).read(work.name)
+        return _book(self._root).add(work.name, self._merge(work)) if found is None else found
+
+    def _merge(self, work: Work) -> Record:
+        start, book = time.perf_counter(), Ledger(self._root, "embed")
+        records = [Slot(name, book.read(name)).done for name in work.shards]
+        files = {path: digest for record in records for path, digest in record["files"].items()}
+        store.check_files(self._root, DOCUMENTS, files)
+        rows = sum(record["rows"] for record in records)
+        content = store.Stored([self._root / store.data_name(DOCUMENTS, path) for path in files], rows)
+        written = store.write_fragments(self._root, DOCUMENTS, content, self._schema, f"merge/{work.name}")
+        return {
+            "group": work.name.partition("~")[0],
+            "rows": rows,
+            "shards": [{name: value for name, value in one.items() if name != "fragments"} for one in records],
+            **written.to_json(),
+            "merged_bytes": sum(file["file_size_bytes"] for one in written.fragments for file in one["files"]),
+            "merge_seconds": round(time.perf_counter() - start, 3),
+        }
+
+
+def _book(root: Root) -> Ledger:
+    return Ledger(root, "merge")
+
+
+def _is_whole(root: Root, record: Record) -> bool:
+    return store.is_whole(root, DOCUMENTS, record["fragments"])
+
+
+def _drop_shards(root: Root, records: Iterable[Record]) -> None:
+    """Delete what was merged, by name, when the records that hold the same rows are on disk for sure."""
+    records = list(records)
+    if not records:
+        return
+    root.disk.sync_folder(root / _book(root).folder)
+    folder = f"{store.table_name(DOCUMENTS)}/data"
+    there = set(root.names(folder))
+    for path in [path for record in records for shard in record["shards"] for path in shard["files"] if path in there]:
+        root.delete(f"{folder}/{path}")
+    root.disk.sync_folder(root / folder)
