@@ -221,16 +221,23 @@ def search(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object per line")] = False,
     explain: Annotated[bool, typer.Option(help="tell what each level did")] = False,
     exact: Annotated[bool, typer.Option(help="search the full vectors of every row")] = False,
+    hybrid: Annotated[
+        bool | None, typer.Option("--hybrid/--no-hybrid", help="fuse with the full-text index; default: as in the spec")
+    ] = None,
 ) -> None:
     """Two-pass search."""
     configure_logging(None)
+    if exact and hybrid:
+        raise SpecError("--exact and --hybrid exclude each other: hybrid search has another order")
     root, spec = _root_and_spec(job, sets)
     index = open_index(root.path, model=_model_folder(spec))
+    if exact or (hybrid is None and spec is not None):
+        hybrid = spec is not None and spec.search.hybrid and not exact
     cascade = [] if exact else _cascade(spec, index, k)
     if explain:
-        _explain(index.explain(text, k, where, cascade), as_json)
+        _explain(index.explain(text, k, where, cascade, hybrid=hybrid), as_json)
         return
-    hits = index.search(text, k, where, cascade)
+    hits = index.search(text, k, where, cascade, hybrid=hybrid)
     if as_json:
         for hit in hits.iter_rows(named=True):
             print_json(hit, None)

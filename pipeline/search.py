@@ -12,8 +12,8 @@ from typing import Any, get_args
 import numpy as np
 import polars as pl
 
-from pipeline import ledger
-from pipeline.cascade import Cascade, Opened
+from pipeline import hybrid as fusion, ledger
+from pipeline.cascade import Cascade, Level, Opened
 from pipeline.encoders.queries import QueryEncoder
 from pipeline.errors import QueryError, StaleError
 from pipeline.levels import Hits, Step, View
@@ -88,19 +88,20 @@ class Index:
         cascade: Cascade | None = None,
         columns: Sequence[str] | None = None,
         stop: Stop | None = None,
+        hybrid: bool | None = None,
     ) -> pl.DataFrame:
         """The k nearest rows of each query: rank (from 1), id, score, row, text, carried columns.
 
         A text gives one table; a list or a float array [n, full_dim] gives `query` (0, 1, …) first. `cascade`
         overrides the spec's: a list of (table, shortlist) or (table, shortlist, scoring); [] is exact. `columns` names
         what is read beside rank, id, score and row (null: everything). `stop` (fixed, margin, predictor) overrides the
-        spec's. `score` is the float32 cosine with the full
-        vector. QueryError (a ValueError) for a bad query, filter, k, cascade or column.
+        spec's. `score` is the float32 cosine with the full vector. `hybrid` (null: the spec's `search.hybrid`) fuses
+        the answer with that of the full-text index, for texts; `fused` after `score` is then what ordered the rows.
+        QueryError (a ValueError) for a bad query, filter, k, cascade or column.
         """
         opened = self.opened
-        vectors, single = self._vectors(queries)
-        hits, _ = _rank(opened, vectors, k, where, cascade, stop=stop)
-        return _frame(opened, hits, single, columns)
+        hits, fused, single, _ = self._found(opened, queries, k, where, cascade, stop, hybrid)
+        return _frame(opened, hits, single, columns, fused)
 
     async def search_async(
         self,
@@ -110,13 +111,14 @@ class Index:
         cascade: Cascade | None = None,
         columns: Sequence[str] | None = None,
         stop: Stop | None = None,
+        hybrid: bool | None = None,
     ) -> pl.DataFrame:
         """`search` in a thread, for asyncio."""
-        return await asyncio.to_thread(self.search, queries, k, where, cascade, columns, stop)
+        return await asyncio.to_thread(self.search, queries, k, where, cascade, columns, stop, hybrid)
 
     def exact(self, queries: str | Sequence[str] | Matrix, k: int = 10, where: str | None = None) -> pl.DataFrame:
         """The same over the full vectors of every row."""
-        return self.search(queries, k, where, cascade=[])
+        return self.search(queries, k, where, cascade=[], hybrid=False)
 
     def similar(self, name: str, k: int = 10, where: str | None = None, cascade: Cascade | None = None) -> pl.DataFrame:
         """The k rows most similar to the row with this id, itself left out. QueryError where there is no such id."""
@@ -133,10 +135,10 @@ class Index:
         where: str | None = None,
         cascade: Cascade | None = None,
         stop: Stop | None = None,
+        hybrid: bool | None = None,
     ) -> list[dict[str, Any]]:
         """Run one search and tell what each level did: table, engine, rows and bytes read, shortlist, milliseconds."""
-        vectors, _ = self._vectors(query)
-        _, steps = _rank(self.opened, vectors, k, where, cascade, stop=stop)
+        *_, steps = self._found(self.opened, query, k, where, cascade, stop, hybrid)
         return [vars(step) for step in steps]
 
     def rank(
@@ -153,6 +155,29 @@ class Index:
         No ids and texts are read. `rescore=False` stops before the full vectors: scores are the last level's.
         """
         return _rank(self.opened, vectors, k, where, cascade, rescore, stop)
+
+    def _found(
+        self,
+        opened: Opened,
+        queries: str | Sequence[str] | Matrix,
+        k: int,
+        where: str | None,
+        cascade: Cascade | None,
+        stop: Stop | None,
+        hybrid: bool | None,
+    ) -> tuple[Hits, Matrix | None, bool, list[Step]]:
+        """Hits, their fused scores where full text had a say, whether one bare query was asked, and the levels."""
+        both = fusion.is_wanted(opened, queries, hybrid)
+        vectors, single = self._vectors(queries)
+        if not both:
+            hits, steps = _rank(opened, vectors, k, where, cascade, stop=stop)
+            return hits, None, single, steps
+        texts = [queries] if isinstance(queries, str) else [str(query) for query in queries]
+        levels, clause, rule = _levels(opened, k, cascade, stop), opened.clause(where), stop or opened.stop
+        hits, fused, steps = fusion.rank(
+            opened, texts, vectors, k, clause, lambda depth: opened.rank(vectors, depth, clause, levels, stop=rule)
+        )
+        return hits, fused, single, steps
 
     def _vectors(self, queries: str | Sequence[str] | Matrix) -> tuple[Matrix, bool]:
         """Unit float32 rows, and whether the caller asked with one bare query."""
@@ -189,6 +214,12 @@ def _rank(
     rescore: bool = True,
     stop: Stop | None = None,
 ) -> tuple[Hits, list[Step]]:
+    levels = _levels(opened, k, cascade, stop)
+    return opened.rank(vectors, k, opened.clause(where), levels, rescore, stop or opened.stop)
+
+
+def _levels(opened: Opened, k: int, cascade: Cascade | None, stop: Stop | None) -> list[Level]:
+    """The levels to run; QueryError where k, the cascade or when to stop is wrong."""
     if isinstance(k, bool) or not isinstance(k, int | np.integer):
         raise QueryError(f"k must be a whole number, not {k!r}")
     if k < 1:
@@ -196,10 +227,12 @@ def _rank(
     levels = opened.cascade(k) if cascade is None else opened.levels(cascade)
     if stop not in (None, *get_args(Stop)):
         raise QueryError(f"stop is {', '.join(get_args(Stop))}, not {stop!r}")
-    return opened.rank(vectors, k, opened.clause(where), levels, rescore, stop or opened.stop)
+    return levels
 
 
-def _frame(opened: Opened, hits: Hits, single: bool, columns: Sequence[str] | None) -> pl.DataFrame:
+def _frame(
+    opened: Opened, hits: Hits, single: bool, columns: Sequence[str] | None, fused: Matrix | None = None
+) -> pl.DataFrame:
     """Hits with what is stored of their rows."""
     stored = [name for name in opened.documents.table.schema.names if name not in ("row", "vector", "text_digest")]
     wanted = stored if columns is None else ["id", *(name for name in columns if name != "id")]
@@ -213,8 +246,9 @@ def _frame(opened: Opened, hits: Hits, single: bool, columns: Sequence[str] | No
             "query": query.astype(np.int64),
             "rank": position.astype(np.int64) + 1,
             "score": hits.scores[found].astype(np.float32),
+            **({} if fused is None else {"fused": fused[found]}),
             "row": hits.rows[found],
         }
     ).hstack(content)
-    rest = [name for name in wanted if name != "id"]
-    return frame.select(*([] if single else ["query"]), "rank", "id", "score", "row", *rest)
+    rest, more = [name for name in wanted if name != "id"], [] if fused is None else ["fused"]
+    return frame.select(*([] if single else ["query"]), "rank", "id", "score", *more, "row", *rest)

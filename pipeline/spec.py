@@ -28,7 +28,7 @@ MAX_NODES = 10_000
 """Values in a spec, keys and lists counted too."""
 MAX_DIGITS = 100
 """Characters of a number."""
-RESERVED_COLUMNS = ("row", "id", "text", "text_digest", "vector", "score", "rank", "query")
+RESERVED_COLUMNS = ("row", "id", "text", "text_digest", "vector", "score", "rank", "query", "fused")
 
 
 def _listed(value: Any) -> Any:
@@ -170,9 +170,10 @@ class Prefix(Section):
 
 
 class Index(Section):
-    """When ANN indexes are built."""
+    """Which indexes are built beside those of `row` and `id`."""
 
-    min_rows: int = Field(100_000, ge=1, description="below it `auto` builds none")
+    min_rows: int = Field(100_000, ge=1, description="ANN: below it `auto` builds none")
+    text: bool = Field(False, description="a full-text index over the texts, for hybrid search")
 
 
 class Level(Section):
@@ -208,6 +209,10 @@ class Search(Section):
     cache: bool = Field(False, description="also write codes and full vectors as files that searches map into memory")
     cascade: tuple[Level, ...] | None = Field(
         None, description="coarse to fine; null: the smallest table, shortlist max(200, 20 k); [] is exact"
+    )
+    hybrid: bool = Field(
+        False,
+        description="a text is also looked up in the full-text index and both answers are fused; needs index.text",
     )
     examples: Names = Field((), description="queries whose top hits are shown when a run ends")
 
@@ -267,6 +272,10 @@ class JobSpec(Section):
         for table in tables:
             if tables.count(table) > 1:
                 raise ValueError(f"prefixes: {table} stands twice; (dim, precision) must be unique")
+        if self.index.text and not self.corpus.keep_text:
+            raise ValueError("index.text: the index is built over stored texts; set corpus.keep_text: true")
+        if self.search.hybrid and not self.index.text:
+            raise ValueError("search.hybrid needs the full-text index; set index.text: true")
         check_cascade([(level.table, level.shortlist) for level in self.search.cascade or ()], tables)
         return self
 

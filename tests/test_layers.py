@@ -16,6 +16,7 @@ LEVELS = [
     {"rows", "queries", "drift"},
     {"embedder", "levels"},
     {"corpus", "embed", "export", "fit", "derive", "index", "cascade", "cache"},
+    {"hybrid"},
     {"search"},
     {"evaluate", "sample"},
     {"querylog", "figures"},
