@@ -7,6 +7,7 @@ import lance
 import lancedb
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 
 from pipeline import hybrid, open_index, report, reread, run, verify
@@ -126,6 +127,20 @@ def test_equal_texts_tie_by_row(index, keep):
     assert (step.engine, step.table, step.rows) == ("fts", "documents", keep)
 
 
+def test_ties_that_cross_the_cut_are_all_looked_at(index, monkeypatch):
+    class Backwards:
+        """One hundred equal rows, of which the last come first."""
+
+        def __init__(self, limit: int) -> None:
+            self.rows = np.arange(100)[::-1][:limit]
+
+        def to_table(self) -> pa.Table:
+            return pa.table({"row": self.rows, "_rowoffset": self.rows, "_score": np.ones(len(self.rows), np.float32)})
+
+    monkeypatch.setattr("pipeline.store.matching", lambda table, words, limit, where: Backwards(limit))
+    assert hybrid.text_hits(index.opened, ["w001"], 3, None)[0].rows.tolist() == [[0, 1, 2]]
+
+
 SYNTAX = ['"', "'", '"zebra', "zebra AND NOT w007", "(zebra", "text:zebra*", "zebra~2 ^3 [a TO b]", "+zebra -w007",
           "{!} \\ / % _ ; --", "\x00 \x07", "漢字 ñ é 🦓", "\ud800", "zebra " * 30_000, "z" * 100_000]  # fmt: skip
 
@@ -140,6 +155,7 @@ def test_query_syntax_is_plain_words(index, text):
 def test_a_long_query_is_cut_and_says_so(index):
     steps = index.explain("w250 " + "w251 " * 3_000, hybrid=True)
     assert steps[-2]["note"] == "only the first 10,000 characters of a query are looked for"
+    assert not hybrid.text_hits(index.opened, ["qqq " * 3_000 + "zebra"], 3, None)[0].rows.size
 
 
 def test_words_that_are_nowhere_leave_the_vectors_answer(index):
@@ -259,5 +275,7 @@ def test_evaluation_shows_whether_it_pays(made, tmp_path):
     page = report.page(report.read(Root(tmp_path / "root")))
     assert ">hybrid<" in page
     assert ">bm25<" in page
+    assert f"of both fused (hybrid) {mixed['ndcg']:.3f}" in page
+    assert ">full text<" in page
     run(made())
     assert not {"text", "hybrid"} & set(pl.read_parquet(tmp_path / "root/evaluation.parquet")["choice"])
