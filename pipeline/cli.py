@@ -223,20 +223,27 @@ def search(
     exact: Annotated[bool, typer.Option(help="search the full vectors of every row")] = False,
     similar: Annotated[bool, typer.Option(help="TEXT is the id of a row; find those like it")] = False,
     deadline_ms: Annotated[float | None, typer.Option(help="the best answer after so many milliseconds")] = None,
+    hybrid: Annotated[
+        bool | None, typer.Option("--hybrid/--no-hybrid", help="fuse with the full-text index; default: as in the spec")
+    ] = None,
 ) -> None:
     """Two-pass search."""
     configure_logging(None)
+    if exact and hybrid:
+        raise SpecError("--exact and --hybrid exclude each other: hybrid search has another order")
     root, spec = _root_and_spec(job, sets)
     engine, stop = (None, None) if spec is None else (spec.search.engine, spec.search.stop)
     index = open_index(root.path, _model_folder(spec), engine=engine)
+    if exact or (hybrid is None and spec is not None):
+        hybrid = spec is not None and spec.search.hybrid and not exact
     cascade = [] if exact else _cascade(spec, index, k)
     if explain:
-        _explain(index.explain(text, k, where, cascade, stop, deadline_ms), as_json)
+        _explain(index.explain(text, k, where, cascade, stop, deadline_ms, hybrid), as_json)
         return
     if similar:
         hits = index.similar(text, k, where, cascade)
     else:
-        hits = index.search(text, k, where, cascade, stop=stop, deadline_ms=deadline_ms)
+        hits = index.search(text, k, where, cascade, stop=stop, deadline_ms=deadline_ms, hybrid=hybrid)
     if as_json:
         for hit in hits.iter_rows(named=True):
             print_json(hit, None)

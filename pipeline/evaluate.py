@@ -17,7 +17,7 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline import margin, queries as files
+from pipeline import hybrid, margin, queries as files
 from pipeline.cascade import QUERIES_AT_ONCE, Level
 from pipeline.errors import FloorError
 from pipeline.levels import Hits, best_of, joined, ranked_columns
@@ -121,7 +121,10 @@ class Measured:
 
 
 def run(settings: Evaluate, index: Index, seed: int, root: Root) -> Measured:
-    """Sweep every prefix table x shortlist x (alone | rescored | cascade | margin), the job's cascade, exact search."""
+    """Sweep every prefix table x shortlist x (alone | rescored | cascade | margin), the job's cascade, exact search.
+
+    Where there is a full-text index and queries were given: full text alone, and fused with the cascade.
+    """
     questions = _questions(settings, index, seed, root)
     sweep, pairs = _sweep(index, settings), _Pairs(questions)
     rankings = _rankings(sweep, questions, settings.k, index, pairs)
@@ -130,6 +133,7 @@ def run(settings: Evaluate, index: Index, seed: int, root: Root) -> Measured:
     knowing.opened = index.opened.knowing(stopping)
     last = [
         *_adaptive(sweep, stopping, index),
+        *_by_words(settings, index),
         Setting("cascade", "cascade", tuple(index.opened.cascade(settings.k)), stop=index.opened.stop),
         Setting("exact", "exact", ()),
     ]
@@ -220,6 +224,28 @@ def _adaptive(sweep: Sequence[Setting], stopping: Mapping[str, Stopping], index:
     return list(shortest.values())
 
 
+def _by_words(settings: Evaluate, index: Index) -> list[Setting]:
+    """What reads the full-text index; rows taken from the corpus are no questions, and are not asked."""
+    if settings.queries is None or not hybrid.has_text_index(index.opened):
+        return []
+    cascade = tuple(index.opened.cascade(settings.k))
+    return [Setting("text", "alone", (), rescore=False), Setting("hybrid", "hybrid", cascade, stop=index.opened.stop)]
+
+
+def _answered(setting: Setting, vectors: Matrix, texts: Sequence[str], k: int, index: Index) -> tuple[Hits, int]:
+    """The hits of one setting, and how many rows met the full vectors, over all queries."""
+    opened = index.opened
+    if setting.choice == "text":
+        return hybrid.text_hits(opened, texts, k, None)[0], 0
+    if setting.choice == "hybrid":
+        found, _, steps = hybrid.rank(
+            opened, texts, vectors, k, None, lambda n: opened.rank(vectors, n, None, setting.levels, stop=setting.stop)
+        )
+        return found, sum(step.candidates for step in steps)
+    found, steps = opened.rank(vectors, k, None, setting.levels, setting.rescore, setting.stop)
+    return found, steps[-1].candidates
+
+
 class _Pairs:
     """Coarse scores and cosines of the longest shortlists, of every second query: what `margin` learns from."""
 
@@ -262,15 +288,16 @@ def _rankings(
                     pairs.add(coarse[table, how].name, start, *coarse[table, how].pair())
                 hits = coarse[table, how].ranked(setting, asked)
             else:
-                hits, steps = index.opened.rank(vectors, asked, None, setting.levels, setting.rescore, setting.stop)
-                candidates[setting] += steps[-1].candidates
+                texts = questions.texts[start : start + QUERIES_AT_ONCE]
+                hits, count = _answered(setting, vectors, texts, asked, index)
+                candidates[setting] += count
             blocks[setting].append(hits)
     found = {}
     for setting, hits in ((setting, joined(parts)) for setting, parts in blocks.items()):
         rows, offsets = hits.rows[:, :asked], hits.offsets[:, :asked]
         if questions.own_rows is not None:
             rows, offsets = without_own(rows, offsets, questions.own_rows, k)
-        seconds = timed(setting, questions.vectors, k, index)
+        seconds = timed(setting, questions.vectors, k, index, questions.texts)
         met = None if setting.stop == "fixed" else candidates[setting] / len(questions.vectors)
         found[setting] = Ranking(rows, offsets, seconds, met)
     return found
@@ -320,13 +347,13 @@ def _columns(hits: Hits, picked: Any) -> Hits:
     return hits.taken(picked)
 
 
-def timed(setting: Setting, vectors: Matrix, k: int, index: Index) -> NDArray[np.float64]:
+def timed(setting: Setting, vectors: Matrix, k: int, index: Index, texts: Sequence[str] = ()) -> NDArray[np.float64]:
     """Seconds of the same search, one query at a time, after one to warm up."""
-    index.opened.rank(vectors[:1], k, None, setting.levels, setting.rescore, setting.stop)
+    _answered(setting, vectors[:1], texts[:1], k, index)
     seconds: list[float] = []
-    for vector in vectors[:TIMED_QUERIES]:
+    for number, vector in enumerate(vectors[:TIMED_QUERIES]):
         start = time.perf_counter()
-        index.opened.rank(vector[None], k, None, setting.levels, setting.rescore, setting.stop)
+        _answered(setting, vector[None], texts[number : number + 1], k, index)
         seconds.append(time.perf_counter() - start)
         if sum(seconds) > TIMED_SECONDS:
             break
@@ -371,12 +398,16 @@ def _names(offsets: NDArray[np.int64], index: Index) -> list[list[str]]:
 
 
 def _described(setting: Setting, k: int, index: Index) -> dict[str, Any]:
+    if setting.choice == "text":
+        described = {"choice": "text", "mode": "alone", "dim": None, "precision": None, "scoring": "bm25"}
+        return described | {"shortlist": None, "k": k, "bytes_per_row": _text_bytes(index)}
     read = [index.opened.views[table].at(how) for table, _, how in setting.levels]
     read += [index.documents] if setting.rescore else []
     first, added = read[0], read[0].row_bytes
     for before, view in pairwise(read):
         added += view.at(view.info.dim, before.info.dim if view.name == before.name else 0).row_bytes
-    step = index.opened.steps(k, setting.levels, setting.rescore)[0]
+    length = hybrid.depth(k) if setting.mode == "hybrid" else k
+    step = index.opened.steps(length, setting.levels, setting.rescore)[0]
     return {
         "choice": setting.choice,
         "mode": setting.mode,
@@ -385,8 +416,13 @@ def _described(setting: Setting, k: int, index: Index) -> dict[str, Any]:
         "scoring": step.scoring,
         "shortlist": step.shortlist if setting.levels and setting.rescore else None,
         "k": k,
-        "bytes_per_row": added,
+        "bytes_per_row": added + (_text_bytes(index) if setting.mode == "hybrid" else 0),
     }
+
+
+def _text_bytes(index: Index) -> int:
+    """The full-text index, per row."""
+    return round(hybrid.text_index_bytes(index.opened) / max(index.opened.row_count, 1))
 
 
 def _kept(rankings: Mapping[Setting, Ranking], questions: Questions) -> pl.DataFrame:

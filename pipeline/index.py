@@ -1,4 +1,4 @@
-"""The index stage: scalar indexes on `documents`, ANN indexes where they pay.
+"""The index stage: scalar indexes on `documents`, full text where asked for, ANN indexes where they pay.
 
 Comes in: published tables. After a build every row must be indexed and the query plan must use the index, or the
 job fails. What is there and complete is left alone.
@@ -12,7 +12,7 @@ from typing import Any
 
 import lancedb
 import numpy as np
-from lancedb.index import BTree
+from lancedb.index import FTS, BTree
 
 from pipeline import store
 from pipeline.errors import PipelineError
@@ -28,6 +28,9 @@ NAMES = {"ivf_flat": "IVF_FLAT", "ivf_sq": "IVF_SQ", "ivf_rq": "IVF_RQ", "hnsw_s
 PROBED_SHARE, MIN_PROBES = 0.4, 20
 """Partitions that a search looks at (measured: recall 0.993 of a 128-d prefix at 200 of 512)."""
 
+TOKENIZER = "icu/split"
+"""Finds words of languages without spaces too (measured on 1,000 SQuAD questions: nDCG@10 0.885, `simple` 0.887)."""
+
 
 @dataclass(frozen=True)
 class Indexed:
@@ -41,10 +44,14 @@ def run(settings: Index, prefixes: Sequence[Prefix], rows: int, root: Root) -> d
     """Build what is missing. PipelineError where an index is incomplete or not used."""
     database = lancedb.connect(str(root / "lancedb"))
     documents = database.open_table(DOCUMENTS)
-    built = {tuple(found.columns) for found in documents.list_indices()}
+    built = {tuple(found.columns): found.name for found in documents.list_indices()}
     for column in ("row", "id"):
         if (column,) not in built:
             documents.create_index(column, config=BTree())
+    if settings.text and ("text",) not in built:
+        documents.create_index("text", config=FTS(base_tokenizer=TOKENIZER))
+    if not settings.text and ("text",) in built:
+        documents.drop_index(built["text",])
     _check_complete(documents)
     store.sync_table(root, DOCUMENTS)
     done = {DOCUMENTS: Indexed(int(documents.version), None)}

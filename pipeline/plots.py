@@ -40,18 +40,25 @@ class Plot:
 def described(measured: pl.DataFrame) -> pl.DataFrame:
     """The evaluation with the names that plots and sentences use.
 
-    `codes`: how the first table is stored and scored; `way`: mode and shortlist; `scanned`: bytes of the first table.
+    `codes`: how the first table is stored and scored; `way`: mode and shortlist; `scanned`: bytes of the first table,
+    null where the full-text index comes first.
     """
     rows = measured.to_dicts()
     return measured.with_columns(
         codes=pl.Series([_codes(row) for row in rows], dtype=pl.String),
         way=pl.Series([_way(row) for row in rows], dtype=pl.String),
-        scanned=pl.Series([bytes_per_row(row["dim"], row["precision"]) for row in rows], dtype=pl.Int64),
+        scanned=pl.Series([_scanned(row) for row in rows], dtype=pl.Int64),
     )
+
+
+def _scanned(row: dict[str, Any]) -> int | None:
+    return None if row["dim"] is None else bytes_per_row(row["dim"], row["precision"])
 
 
 def _codes(row: dict[str, Any]) -> str:
     """How the first table is stored and scored; prefixes of a nested table are a series of their own."""
+    if row["dim"] is None:
+        return "text"
     if row["precision"] == "binary":
         return f"binary {row['scoring']}"
     return f"{row['precision']} nested" if row["choice"].endswith("_nested") else str(row["precision"])
@@ -63,7 +70,7 @@ def _way(row: dict[str, Any]) -> str:
 
 def by_dim(rows: pl.DataFrame, metric: str, source: str) -> Plot:
     """A metric against dimension with intervals; alone and rescored from the shortest list that was measured."""
-    of_tables = rows.filter(~pl.col("choice").is_in(["cascade", "exact"]))
+    of_tables = rows.filter(~pl.col("choice").is_in(["cascade", "exact", "text", "hybrid"]))
     shortest = pl.col("shortlist") == pl.col("shortlist").filter(pl.col("mode") == "rescored").min()
     shown = of_tables.filter((pl.col("mode") == "alone") | ((pl.col("mode") == "rescored") & shortest))
     fields = ["dim", "codes", "way", metric, f"{metric}_low", f"{metric}_high"]
@@ -139,7 +146,8 @@ def kept(figures: Sequence[dict[str, Any]], of: str, source: str) -> Plot:
 
 
 def by_cost(rows: pl.DataFrame, metric: str, cost: str, title: str, source: str) -> Plot:
-    """All settings: a metric against a cost, the Pareto front, this job's choice and exact search."""
+    """All settings with that cost: a metric against it, the Pareto front, this job's choice and exact search."""
+    rows = rows.filter(pl.col(cost).is_not_null())
     label, front = _label(rows, metric), pareto(rows, cost, metric)
     fields = ["choice", "codes", "way", metric, f"{metric}_low", f"{metric}_high", cost]
     fields += ["p95_ms"] if cost == "median_ms" else []

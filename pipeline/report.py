@@ -196,8 +196,23 @@ def _up(text: str) -> str:
 
 def _dimensions(facts: Facts) -> Section:
     words = ["What a prefix finds by itself, and what it finds when the full vectors rescore its shortlist."]
+    words += _hybrid_words(facts)
     drawn = [plots.by_dim(facts.measured, metric, _measured_how(facts)) for metric in _metrics(facts)]
     return Section("dimensions", "Quality against dimension", words, (), drawn)
+
+
+def _hybrid_words(facts: Facts) -> list[str]:
+    """Whether the full-text index pays, where it was measured."""
+    if "hybrid" not in set(facts.measured["choice"]):
+        return []
+    metric = _metrics(facts)[0]
+    of = {"ndcg": "nDCG", "recall_exact": "recall of exact search"}[metric]
+    text, both, alone = (_row(facts, choice) for choice in ("text", "hybrid", "cascade"))
+    return [
+        f"{of}@{alone['k']} of the full-text index by itself {text[metric]:.3f} (95%: {_interval(text, metric)}), "
+        f"of the cascade {alone[metric]:.3f} ({_interval(alone, metric)}), of both fused (hybrid) {both[metric]:.3f} "
+        f"({_interval(both, metric)}), in {both['median_ms']:.2f} instead of {alone['median_ms']:.2f} ms a query."
+    ]
 
 
 def _costs(facts: Facts) -> Section:
@@ -270,7 +285,7 @@ def _sizes(facts: Facts) -> Section:
         (
             name, f"{entry['rows']:,}", f"{entry['bytes']:,}",
             f"{entry['bytes'] / entry['rows']:,.1f}" if entry["rows"] and name != PARAMETERS else "–",
-            (entry["index"] or {}).get("kind", "none"),
+            _index_kind(facts, name, entry),
             f"{entry['clipped_share']:.4%}" if name.endswith("int8") else "–",
         )
         for name, entry in tables.items()
@@ -287,6 +302,12 @@ def _sizes(facts: Facts) -> Section:
     source = "Data files of each table as published, without indexes and old versions; documents include their texts."
     drawn = [plots.bars(numbers, "sizes", "Size on disk", "MB", source)]
     return Section("sizes", "Tables and sizes", (), warnings, drawn, grids)
+
+
+def _index_kind(facts: Facts, name: str, entry: Mapping[str, Any]) -> str:
+    if name == DOCUMENTS and facts.generation["spec"]["index"].get("text"):
+        return "full text"
+    return str((entry["index"] or {}).get("kind", "none"))
 
 
 def _quarantine(facts: Facts) -> Section:

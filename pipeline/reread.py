@@ -114,7 +114,7 @@ def opened(root: Path, name: str, generation: Mapping[str, Any], prefix: Any, no
         notes.say(f"{missing} belongs to version {data.version} and the generation does not name it")
     if sum(file.file_size_bytes for file in files) != entry["bytes"]:
         notes.say(f"{table.folder}: its data files do not have the {entry['bytes']} bytes that the generation says")
-    _check_indexes(table, notes)
+    _check_indexes(table, generation["spec"]["index"].get("text", False), notes)
     notes.checked["tables"] += 1
     return table
 
@@ -180,11 +180,13 @@ def _columns(generation: Mapping[str, Any], prefix: Any) -> dict[str, Any]:
     return {**named, "text_digest": pa.binary(16), "vector": vector}
 
 
-def _check_indexes(table: Table, notes: Notes) -> None:
+def _check_indexes(table: Table, text: bool, notes: Notes) -> None:
     """Every index the generation promises is there and holds every row."""
     indexes = table.data.describe_indices()
     found = {tuple(one.field_names): one.index_type.lower().replace("_", "") for one in indexes}
     wanted = {("row",): "btree", ("id",): "btree"} if table.name == DOCUMENTS else {}
+    if table.name == DOCUMENTS and text:
+        wanted[("text",)] = "inverted"
     if table.entry.get("index"):
         wanted[("vector",)] = table.entry["index"]["kind"].replace("_", "")
     for columns, kind in wanted.items():

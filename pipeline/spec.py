@@ -21,7 +21,7 @@ Engine = Literal["auto", "lance", "resident"]
 IndexKind = Literal["auto", "none", "ivf_flat", "ivf_sq", "ivf_rq", "hnsw_sq"]
 MAX_SPEC_BYTES = 2**20
 """Bytes of a spec."""
-RESERVED_COLUMNS = ("row", "id", "text", "text_digest", "vector", "score", "rank", "query")
+RESERVED_COLUMNS = ("row", "id", "text", "text_digest", "vector", "score", "rank", "query", "fused")
 
 
 def _listed(value: Any) -> Any:
@@ -189,9 +189,10 @@ class Prefix(Section):
 
 
 class Index(Section):
-    """When ANN indexes are built."""
+    """Which indexes are built beside those of `row` and `id`."""
 
-    min_rows: int = Field(100_000, ge=1, description="below it `auto` builds none")
+    min_rows: int = Field(100_000, ge=1, description="ANN: below it `auto` builds none")
+    text: bool = Field(False, description="a full-text index over the texts, for hybrid search")
 
 
 class Level(Section):
@@ -233,6 +234,10 @@ class Search(Section):
     cache: bool = Field(False, description="also write codes and full vectors as files that searches map into memory")
     cascade: tuple[Level, ...] | None = Field(
         None, description="coarse to fine; null: the smallest table, shortlist max(200, 20 k); [] is exact"
+    )
+    hybrid: bool = Field(
+        False,
+        description="a text is also looked up in the full-text index and both answers are fused; needs index.text",
     )
     examples: Names = Field((), description="queries whose top hits are shown when a run ends")
 
@@ -296,6 +301,10 @@ class JobSpec(Section):
             for name in vector_columns(prefix.blocks):
                 if name in self.corpus.filter:
                     raise ValueError(f"corpus.filter: {prefix.table} has a column {name} of its own; rename the filter")
+        if self.index.text and not self.corpus.keep_text:
+            raise ValueError("index.text: the index is built over stored texts; set corpus.keep_text: true")
+        if self.search.hybrid and not self.index.text:
+            raise ValueError("search.hybrid needs the full-text index; set index.text: true")
         levels = self.search.cascade or ()
         check_cascade([(level.table, level.shortlist) for level in levels], tables)
         check_blocks([(level.table, level.dim) for level in levels], {one.table: one.blocks for one in self.prefixes})

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 from lance.file import LanceFileReader
 from lance.fragment import FragmentMetadata, write_fragments as lance_write_fragments
+from lance.query import MatchQuery
 
 from pipeline.errors import DamageError, StaleError
 from pipeline.storage import STATE, Root, read_signed, signed, to_json
@@ -262,3 +263,17 @@ def nearest(
     metric = "hamming" if str(query.dtype) == "uint8" else "dot"
     target = {"column": "vector", "q": query, "k": limit, "metric": metric, "minimum_nprobes": probes}
     return table.scanner(columns=[*columns, "_distance"], nearest=target, filter=where, prefilter=where is not None)
+
+
+def matching(table: lance.LanceDataset, words: str, limit: int, where: str | None) -> Any:
+    """A Lance scanner over the full-text index: row, _rowoffset and the BM25 `_score` of rows with any of the words.
+
+    The words are data: no quote, operator or field name in them means anything.
+    """
+    return table.scanner(
+        columns=["row", "_rowoffset", "_score"],
+        full_text_query=MatchQuery(words, "text"),
+        filter=where,
+        prefilter=where is not None,
+        limit=limit,
+    )

@@ -233,3 +233,25 @@ def test_verify_of_a_folder_without_a_generation_is_refused(matryoshka, tmp_path
     code, _, err = matryoshka("verify", tmp_path)
     assert code == 4
     assert "holds no finished generation" in err
+
+
+def test_hybrid_hits_are_printed_like_others(matryoshka, job_file):
+    job = job_file(index={"text": True})
+    assert matryoshka("run", job)[0] == 0
+    code, out, _ = matryoshka("search", job, "w001 w002", "-k", 3, "--hybrid")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["1", "2", "3"]
+    hits = [json.loads(line) for line in matryoshka("search", job, "w001", "--hybrid", "--json")[1].splitlines()]
+    assert [hit["fused"] for hit in hits] == sorted((hit["fused"] for hit in hits), reverse=True)
+    assert "fts" in matryoshka("search", job, "w001", "--hybrid", "--explain")[1]
+    assert "fused" not in matryoshka("search", job, "w001", "--json")[1]
+    on = ("--set", "search.hybrid=true")
+    assert "fused" in matryoshka("search", job, "w001", "--json", *on)[1]
+    assert "fused" not in matryoshka("search", job, "w001", "--json", "--no-hybrid", *on)[1]
+    assert "fused" not in matryoshka("search", job, "w001", "--json", "--exact", *on)[1]
+
+
+def test_exact_and_hybrid_exclude_each_other(matryoshka, job_file):
+    code, _, err = matryoshka("search", job_file(), "w001", "--exact", "--hybrid")
+    assert code == 2
+    assert "exclude each other" in err

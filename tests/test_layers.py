@@ -28,7 +28,7 @@ LEVELS = [
     {"rows", "queries", "drift", "views"},
     {"embedder", "merge", "levels"},
     {"corpus", "embed", "export", "fit", "derive", "index", "cascade", "cache"},
-    {"anytime"},
+    {"anytime", "hybrid"},
     {"search"},
     {"evaluate", "sample"},
     {"querylog", "figures"},
