@@ -9,19 +9,20 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline import margin, queries as files
+from pipeline import lessons, margin, queries as files
 from pipeline.cascade import QUERIES_AT_ONCE, Level
 from pipeline.errors import FloorError
 from pipeline.levels import Hits, View, best_of, joined, ranked_columns
 from pipeline.margin import Stopping
 from pipeline.metrics import METRICS, interval, judged, recall_exact, without_own
+from pipeline.predictor import Predictor
 from pipeline.search import Index
 from pipeline.spec import Evaluate, Stop
 from pipeline.storage import Root
@@ -77,7 +78,7 @@ EXAMPLES_SCHEMA = pl.Schema(
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to search: a cascade, rescored or not."""
+    """One way to search: a cascade, rescored or not; `mode` is alone, rescored, cascade, exact, or its `stop`."""
 
     choice: str
     mode: str
@@ -110,24 +111,30 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Measured:
-    """The three files of an evaluation, and when to stop rescoring, by table and scoring."""
+    """The three files of an evaluation, and when to stop rescoring, by table and scoring: two ways to tell."""
 
     evaluation: pl.DataFrame
     rankings: pl.DataFrame
     examples: pl.DataFrame
     stopping: Mapping[str, Stopping]
+    predictors: Mapping[str, Predictor]
 
 
 def run(settings: Evaluate, index: Index, seed: int, root: Root) -> Measured:
-    """Sweep every prefix table x shortlist x (alone | rescored | cascade | margin), the job's cascade, exact search."""
+    """Sweep every prefix table x shortlist x mode (see `Setting`), the job's cascade, exact search.
+
+    A predictor of the shortlist is trained where `search.stop` asks for it.
+    """
     questions = _questions(settings, index, seed, root)
     sweep, pairs = _sweep(index, settings), _Pairs(questions)
     rankings = _rankings(sweep, questions, settings.k, index, pairs)
     stopping = pairs.learned(settings.k)
     knowing = copy.copy(index)
-    knowing.opened = index.opened.knowing(stopping)
+    predictors = _predictors(sweep, questions, settings.k, index, seed)
+    knowing.opened = index.opened.knowing(stopping, predictors)
     last = [
-        *_adaptive(sweep, stopping),
+        *_adaptive(sweep, "margin", stopping),
+        *_adaptive(sweep, "predictor", predictors),
         Setting("cascade", "cascade", tuple(index.opened.cascade(settings.k)), stop=index.opened.stop),
         Setting("exact", "exact", ()),
     ]
@@ -144,6 +151,7 @@ def run(settings: Evaluate, index: Index, seed: int, root: Root) -> Measured:
         _kept(rankings, questions),
         _examples(rankings, questions, settings.k, index, seed),
         stopping,
+        predictors,
     )
 
 
@@ -214,14 +222,27 @@ def _scorings(view: View) -> list[str]:
     return ["asymmetric", "hamming"] if view.codec.kind == "binary" else ["auto"]
 
 
-def _adaptive(sweep: Sequence[Setting], stopping: Mapping[str, Stopping]) -> list[Setting]:
+def _predictors(
+    sweep: Sequence[Setting], questions: Questions, k: int, index: Index, seed: int
+) -> dict[str, Predictor]:
+    """Predictors for every table and scoring; real queries, every second of them, calibrate where there are any."""
+    if index.opened.stop != "predictor":
+        return {}
+    tables = dict.fromkeys((one.levels[0][0], one.levels[0][2]) for one in sweep if one.mode == "rescored")
+    asked = questions.vectors[::2] if questions.own_rows is None else None
+    return lessons.run(index.opened, list(tables), k, _longest(sweep, k), seed, asked)
+
+
+def _adaptive(
+    sweep: Sequence[Setting], stop: Literal["margin", "predictor"], learned: Mapping[str, Stopping | Predictor]
+) -> list[Setting]:
     """The adaptive shortlist beside the fixed ones of each table."""
     shortest: dict[str, Setting] = {}
     for one in sweep:
         table, _, scoring = one.levels[0] if one.levels else ("", 0, "")
         name = f"{table} {'dot' if scoring == 'auto' else scoring}"
-        if one.mode == "rescored" and name in stopping:
-            shortest.setdefault(name, replace(one, mode="margin", stop="margin"))
+        if one.mode == "rescored" and name in learned:
+            shortest.setdefault(name, replace(one, mode=stop, stop=stop))
     return list(shortest.values())
 
 
