@@ -24,8 +24,8 @@ FILE = "predictor.npz"
 """The weights, beside the evaluation in the root."""
 HIDDEN = 32
 """Numbers between the two layers."""
-EPOCHS, BATCH, RATE, DECAY = 60, 128, 1e-3, 0.1
-"""Passes over the training queries, queries per step of Adam, its first rate (it falls to 0), weight decay."""
+STEPS, BATCH, RATE, DECAY = 1_500, 128, 1e-3, 0.1
+"""Steps of Adam, queries in each, its first rate (it falls to 0), weight decay."""
 VECTOR = 0.3
 """What a number of the vector counts beside a coarse score, both brought to deviation 1: there are so many more."""
 ROUNDING = 1e-6
@@ -108,10 +108,9 @@ def _trained(seen: Matrix, scores: int, wanted: NDArray[np.int64], classes: int,
         layers += [(rng.standard_normal((wide, narrow)) * (2 / wide) ** 0.5).astype(np.float32)]
         layers += [np.zeros(narrow, np.float32)]
     moments = [(np.zeros_like(layer), np.zeros_like(layer)) for layer in layers]
-    steps = EPOCHS * -(-len(inputs) // BATCH)
     with threadpool_limits(1):
         for step, batch in enumerate(_batches(len(inputs), rng), 1):
-            rate = np.float32(RATE * 0.5 * (1 + np.cos(np.pi * step / steps)))
+            rate = np.float32(RATE * 0.5 * (1 + np.cos(np.pi * step / STEPS)))
             slopes = _slopes(layers, inputs[batch], wanted[batch])
             for layer, slope, (first, second) in zip(layers, slopes, moments, strict=True):
                 first += 0.1 * (slope - first)
@@ -125,9 +124,13 @@ def _trained(seen: Matrix, scores: int, wanted: NDArray[np.int64], classes: int,
 
 
 def _batches(count: int, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
-    for _ in range(EPOCHS):
-        order = rng.permutation(count)
-        yield from (order[start : start + BATCH] for start in range(0, count, BATCH))
+    """`STEPS` batches: pass after pass over everything, each in an order of its own."""
+    left = np.zeros(0, np.int64)
+    for _ in range(STEPS):
+        while len(left) < BATCH:
+            left = np.append(left, rng.permutation(count))
+        yield left[:BATCH]
+        left = left[BATCH:]
 
 
 def _slopes(layers: Sequence[Matrix], inputs: Matrix, wanted: NDArray[np.int64]) -> list[Matrix]:
