@@ -196,6 +196,8 @@ class Opened:
             step.shortlist = max(step.shortlist, handed)
         if isinstance(learned, Stopping):
             return learned.line, learned.threshold(self.confidence)
+        if k > learned.k:
+            steps[-1].note = f"lengths in proportion to those learned for k = {learned.k}"
         at_most = max(widest, k)
         return lambda vectors, scores: np.minimum(learned.lengths(vectors, scores, self.confidence, k), at_most)
 

@@ -230,7 +230,8 @@ def _predictors(
         return {}
     tables = dict.fromkeys((one.levels[0][0], one.levels[0][2]) for one in sweep if one.mode == "rescored")
     asked = questions.vectors[::2] if questions.own_rows is None else None
-    return lessons.run(index.opened, list(tables), k, _longest(sweep, k), seed, asked)
+    own = np.zeros(0, np.int64) if questions.own_rows is None else questions.own_rows
+    return lessons.run(index.opened, list(tables), k, _longest(sweep, k), seed, asked, own)
 
 
 def _adaptive(

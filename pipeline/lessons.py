@@ -29,17 +29,24 @@ FEWEST_ASKED = 50
 
 
 def run(
-    opened: Opened, tables: Sequence[tuple[str, str]], k: int, longest: int, seed: int, asked: Matrix | None
+    opened: Opened,
+    tables: Sequence[tuple[str, str]],
+    k: int,
+    longest: int,
+    seed: int,
+    asked: Matrix | None,
+    avoided: NDArray[np.int64],
 ) -> dict[str, Predictor]:
     """A predictor for each (table, scoring), by the name of its level; none where the corpus is too small.
 
     It knows lists of up to `longest`. `asked` are unit vectors [q, full_dim] of real queries, or None: they calibrate.
+    Rows `avoided` are not learned from, so that a measurement on them is one on unseen queries.
     """
     width = min(longest, opened.row_count - 1)
-    if opened.row_count < FEWEST or width <= 4 * k:
-        return {}
     rng = np.random.default_rng(seed)
-    vectors, own = _drawn(opened.documents, rng)
+    vectors, own = _drawn(opened.documents, rng, avoided)
+    if len(own) < FEWEST or width <= 4 * k:
+        return {}
     order = rng.permutation(len(own))
     learning, calibrating, source = order[len(own) // 4 :], order[: len(own) // 4], "corpus rows"
     if asked is not None and len(asked) >= FEWEST_ASKED:
@@ -58,12 +65,14 @@ def run(
     return found
 
 
-def _drawn(documents: View, rng: np.random.Generator) -> tuple[Matrix, NDArray[np.int64]]:
-    """Unit vectors of seeded rows, and their row numbers."""
+def _drawn(documents: View, rng: np.random.Generator, avoided: NDArray[np.int64]) -> tuple[Matrix, NDArray[np.int64]]:
+    """Unit vectors of up to `QUERIES` seeded rows, none of those avoided, and their row numbers."""
     total = documents.table.count_rows()
-    chosen = np.sort(rng.choice(total, min(QUERIES, total), replace=False))
+    chosen = rng.choice(total, min(QUERIES + len(avoided), total), replace=False)
     taken = documents.table.take(pa.array(chosen), columns=["row", "vector"])
-    return unit(vector_matrix(taken.column("vector"))), taken.column("row").to_numpy()
+    rows = taken.column("row").to_numpy()
+    kept = np.flatnonzero(~np.isin(rows, avoided))[:QUERIES]
+    return unit(vector_matrix(taken.column("vector"))[kept]), rows[kept]
 
 
 def _exact(documents: View, vectors: Matrix, own: NDArray[np.int64], k: int) -> NDArray[np.int64]:

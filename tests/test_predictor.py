@@ -12,7 +12,7 @@ from pipeline.verify import run as verify
 from tests.conftest import corpus_frame
 
 K, WIDTH = 5, 160
-ROWS = 900
+ROWS = 1_200
 
 
 def queries_of_two_kinds(count, seed, told_by="vector"):
@@ -168,6 +168,7 @@ def test_each_query_of_a_batch_has_its_own_length(root, queries):
     assert len(set(alone)) > 3 and min(alone) >= 5 and max(alone) <= 200
     _, steps = index.rank(index._vectors(queries[:20])[0], 5)
     assert steps[-1].candidates == sum(alone)
+    assert steps[-1].note == "" and "learned for k = 5" in index.explain(queries[0], k=9)[-1]["note"]
 
 
 def test_the_confidence_holds_in_searches_of_corpus_rows(root):
@@ -229,11 +230,13 @@ def test_damage_is_found_and_made_good(root, job):
 def test_exact_neighbours_and_places_are_those_of_plain_numpy(root):
     index = open_index(root)
     documents = index.documents
-    vectors, own = lessons._drawn(documents, np.random.default_rng(0))
+    vectors, own = lessons._drawn(documents, np.random.default_rng(0), avoided := np.arange(0, ROWS, 2))
+    assert not np.isin(own, avoided).any() and len(own) == ROWS // 2
     truth = lessons._exact(documents, vectors, own, 5)
     full = np.stack(documents.table.to_table(columns=["vector"]).column("vector").to_pylist()).astype(np.float64)
     cosines = full @ full.T
     np.fill_diagonal(cosines, -2)
+    cosines = cosines[own]
     # texts of the same words tie; the cosines are equal whichever row is taken
     got = np.sort(np.take_along_axis(cosines, truth, 1), axis=1)
     assert np.allclose(got, np.sort(cosines, axis=1)[:, -5:], atol=2e-3)
@@ -247,3 +250,23 @@ def test_exact_neighbours_and_places_are_those_of_plain_numpy(root):
         others = [row for row in hits.rows[0].tolist() if row != own[at]][:200]
         places = [others.index(row) + 1 for row in truth[at].tolist() if row in others]
         assert (max(places, default=0), len(places) == 5) == (needed[at], held[at])
+
+
+def test_real_queries_calibrate_where_there_are_enough(root, queries):
+    opened, tables = open_index(root).opened, [("prefix_16_binary", "auto")]
+    units = queries / np.linalg.norm(queries, axis=1, keepdims=True)
+    none = np.zeros(0, np.int64)
+    name = "prefix_16_binary asymmetric"
+    by_rows = lessons.run(opened, tables, 5, 200, 0, None, none)[name]
+    assert (by_rows.asked, by_rows.queries, by_rows.width) == ("corpus rows", ROWS // 4, 200)
+    assert lessons.run(opened, tables, 5, 200, 0, units[:49], none)[name].asked == "corpus rows"
+    by_queries = lessons.run(opened, tables, 5, 200, 0, units[::2], none)[name]
+    assert (by_queries.asked, by_queries.queries) == ("queries", 150)
+    assert all(np.array_equal(one, other) for one, other in zip(by_rows.layers, by_queries.layers, strict=True))
+    # what they promise holds for the other half of the queries
+    wide, _ = opened.rank(units[1::2], 5, None, [("prefix_16_binary", 200)])
+    some, steps = opened.knowing({}, {name: by_queries}).rank(
+        units[1::2], 5, None, [("prefix_16_binary", 40)], stop="predictor"
+    )
+    assert (np.sort(wide.rows, axis=1) == np.sort(some.rows, axis=1)).all(axis=1).mean() > opened.confidence - 0.1
+    assert steps[-1].candidates < 200 * 150
