@@ -129,8 +129,8 @@ def run(settings: Evaluate, index: Index, seed: int, root: Root) -> Measured:
     sweep, pairs = _sweep(index, settings), _Pairs(questions)
     rankings = _rankings(sweep, questions, settings.k, index, pairs)
     stopping = pairs.learned(settings.k)
-    knowing = copy.copy(index)
     predictors = _predictors(sweep, questions, settings.k, index, seed)
+    knowing = copy.copy(index)
     knowing.opened = index.opened.knowing(stopping, predictors)
     last = [
         *_adaptive(sweep, "margin", stopping),

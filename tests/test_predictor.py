@@ -264,9 +264,9 @@ def test_real_queries_calibrate_where_there_are_enough(root, queries):
     assert (by_queries.asked, by_queries.queries) == ("queries", 150)
     assert all(np.array_equal(one, other) for one, other in zip(by_rows.layers, by_queries.layers, strict=True))
     # what they promise holds for the other half of the queries
-    wide, _ = opened.rank(units[1::2], 5, None, [("prefix_16_binary", 200)])
+    wide, _ = opened.rank(units[1::2], 5, None, [("prefix_16_binary", 200, "auto")])
     some, steps = opened.knowing({}, {name: by_queries}).rank(
-        units[1::2], 5, None, [("prefix_16_binary", 40)], stop="predictor"
+        units[1::2], 5, None, [("prefix_16_binary", 40, "auto")], stop="predictor"
     )
     assert (np.sort(wide.rows, axis=1) == np.sort(some.rows, axis=1)).all(axis=1).mean() > opened.confidence - 0.1
     assert steps[-1].candidates < 200 * 150
