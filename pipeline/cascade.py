@@ -9,7 +9,7 @@ import copy
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -19,12 +19,13 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline import filters, resident, store
+from pipeline import filters, predictor, resident, store
 from pipeline.errors import DamageError, QueryError, SpecError
 from pipeline.levels import (
     Hits,
     Step,
     allowed,
+    beginnings,
     from_index,
     joined,
     plan_misses,
@@ -34,6 +35,7 @@ from pipeline.levels import (
     stopped,
 )
 from pipeline.margin import WIDEST, Line, Stopping
+from pipeline.predictor import Predictor
 from pipeline.resident import Held
 from pipeline.spec import Engine, Stop, check_blocks, check_cascade
 from pipeline.storage import Root, kept_name
@@ -52,6 +54,8 @@ Level = tuple[str, int, str | int]
 """Table, shortlist, and how: binary codes are scored (auto, asymmetric or hamming), or far a nested table is read (a
 dim; auto: all)."""
 Cascade = Sequence[Level | tuple[str, int]]
+Rule = tuple[Line, float] | Callable[[Matrix, Matrix], NDArray[np.int64]]
+"""When to stop rescoring: the margin's line and threshold; or lengths from query vectors and their coarse scores."""
 
 
 class Opened:
@@ -71,6 +75,10 @@ class Opened:
         self.stop: Stop = search.get("stop", "fixed")
         self.confidence: float = search.get("confidence", 0.95)
         self._stopping = {name: Stopping.of(learned) for name, learned in generation.get("stopping", {}).items()}
+        self._predictors: Mapping[str, Predictor] = {}
+        if generation.get("predictor"):
+            kept = root.kept(generation["files"][predictor.FILE])
+            self._predictors = predictor.from_bytes(kept, generation["predictor"])
         self._files = {
             table: root / kept_name(digest)
             for table, digest in generation["cache"].items()
@@ -100,10 +108,10 @@ class Opened:
         why = "" if ann is None else plan_misses(view)
         return replace(view, ann=None, note=why) if why else view
 
-    def knowing(self, stopping: Mapping[str, Stopping]) -> "Opened":
+    def knowing(self, stopping: Mapping[str, Stopping], predictors: Mapping[str, Predictor]) -> "Opened":
         """The same, with what an evaluation has just learned of when to stop."""
         other = copy.copy(self)
-        other._stopping = dict(stopping)
+        other._stopping, other._predictors = dict(stopping), dict(predictors)
         return other
 
     @property
@@ -169,24 +177,33 @@ class Opened:
         candidates of the last level meet the full vectors (spec: `search.stop`).
         """
         blocks, steps = [], self.steps(k, levels, rescore)
-        rule = self._rule(steps, k, stop)
+        rule = self._rule(steps, k, clause, stop)
         for start in range(0, len(vectors), QUERIES_AT_ONCE):
             blocks.append(self._rank(vectors[start : start + QUERIES_AT_ONCE], k, clause, steps, rule))
         return joined(blocks), steps
 
-    def _rule(self, steps: Sequence[Step], k: int, stop: Stop) -> tuple[Line, float] | None:
+    def _rule(self, steps: Sequence[Step], k: int, clause: str | None, stop: Stop) -> Rule | None:
         """What tells when to stop rescoring; widens the list that the last level hands on. None: nothing does."""
         if stop == "fixed" or len(steps) < 2 or steps[-1].table != DOCUMENTS:
             return None
         last = steps[-2]
-        learned = self._stopping.get(last.name)
+        learned = (self._stopping if stop == "margin" else self._predictors).get(last.name)
         if learned is None:
             steps[-1].note = f"the shortlist is fixed: nothing was learned of {last.name}"
             return None
+        if isinstance(learned, Predictor) and clause is not None:
+            steps[-1].note = "the shortlist is fixed: nothing was learned of lists with a filter"
+            return None
         widest = min(last.shortlist * WIDEST, learned.width)
+        handed = widest if isinstance(learned, Stopping) else learned.width
         for step in steps[:-1]:
-            step.shortlist = max(step.shortlist, widest)
-        return learned.line, learned.threshold(self.confidence)
+            step.shortlist = max(step.shortlist, handed)
+        if isinstance(learned, Stopping):
+            return learned.line, learned.threshold(self.confidence)
+        if k > learned.k:
+            steps[-1].note = f"lengths in proportion to those learned for k = {learned.k}"
+        at_most = max(widest, k)
+        return lambda vectors, scores: np.minimum(learned.lengths(vectors, scores, self.confidence, k), at_most)
 
     def steps(self, k: int, cascade: Sequence[Level], rescore: bool) -> list[Step]:
         """The levels as they will be run: shortlists of at least k, how codes are scored, full vectors last."""
@@ -204,13 +221,13 @@ class Opened:
             steps.append(Step(DOCUMENTS, "", k))
         return steps
 
-    def _rank(
-        self, queries: Matrix, k: int, where: str | None, steps: list[Step], rule: tuple[Line, float] | None
-    ) -> Hits:
+    def _rank(self, queries: Matrix, k: int, where: str | None, steps: list[Step], rule: Rule | None) -> Hits:
         hits: Hits | None = None
         for number, step in enumerate(steps):
             start = time.perf_counter()
-            if rule is not None and hits is not None and step.table == DOCUMENTS:
+            if callable(rule) and hits is not None and step.table == DOCUMENTS:
+                hits = self.level(step, queries, beginnings(hits, rule(queries, hits.scores)), k, where)
+            elif isinstance(rule, tuple) and hits is not None and step.table == DOCUMENTS:
                 hits = stopped(self.documents, queries, hits, k, step, self._codes(self.documents), rule)
             else:
                 hits = self.level(step, queries, hits, k if number == len(steps) - 1 else step.shortlist, where)

@@ -10,19 +10,20 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline import hybrid, margin, queries as files
+from pipeline import hybrid, lessons, margin, queries as files
 from pipeline.cascade import QUERIES_AT_ONCE, Level
 from pipeline.errors import FloorError
 from pipeline.levels import Hits, best_of, joined, ranked_columns
 from pipeline.margin import Stopping
 from pipeline.metrics import METRICS, interval, judged, recall_exact, without_own
+from pipeline.predictor import Predictor
 from pipeline.search import Index
 from pipeline.spec import Evaluate, Stop
 from pipeline.storage import Root
@@ -79,7 +80,7 @@ EXAMPLES_SCHEMA = pl.Schema(
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to search: a cascade, rescored or not."""
+    """One way to search: a cascade, rescored or not; `mode` is alone, rescored, cascade, exact, or its `stop`."""
 
     choice: str
     mode: str
@@ -112,27 +113,31 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Measured:
-    """The three files of an evaluation, and when to stop rescoring, by table and scoring."""
+    """The three files of an evaluation, and when to stop rescoring, by table and scoring: two ways to tell."""
 
     evaluation: pl.DataFrame
     rankings: pl.DataFrame
     examples: pl.DataFrame
     stopping: Mapping[str, Stopping]
+    predictors: Mapping[str, Predictor]
 
 
 def run(settings: Evaluate, index: Index, seed: int, root: Root) -> Measured:
-    """Sweep every prefix table x shortlist x (alone | rescored | cascade | margin), the job's cascade, exact search.
+    """Sweep every prefix table x shortlist x mode (see `Setting`), the job's cascade, exact search.
 
-    Where there is a full-text index and queries were given: full text alone, and fused with the cascade.
+    Where there is a full-text index and queries were given: full text alone, and fused with the cascade. A predictor
+    of the shortlist is trained where `search.stop` asks for it.
     """
     questions = _questions(settings, index, seed, root)
     sweep, pairs = _sweep(index, settings), _Pairs(questions)
     rankings = _rankings(sweep, questions, settings.k, index, pairs)
     stopping = pairs.learned(settings.k)
+    predictors = _predictors(sweep, questions, settings.k, index, seed)
     knowing = copy.copy(index)
-    knowing.opened = index.opened.knowing(stopping)
+    knowing.opened = index.opened.knowing(stopping, predictors)
     last = [
-        *_adaptive(sweep, stopping, index),
+        *_adaptive(sweep, "margin", stopping, index),
+        *_adaptive(sweep, "predictor", predictors, index),
         *_by_words(settings, index),
         Setting("cascade", "cascade", tuple(index.opened.cascade(settings.k)), stop=index.opened.stop),
         Setting("exact", "exact", ()),
@@ -150,6 +155,7 @@ def run(settings: Evaluate, index: Index, seed: int, root: Root) -> Measured:
         _kept(rankings, questions),
         _examples(rankings, questions, settings.k, index, seed),
         stopping,
+        predictors,
     )
 
 
@@ -214,13 +220,30 @@ def _finest(index: Index) -> View:
     )
 
 
-def _adaptive(sweep: Sequence[Setting], stopping: Mapping[str, Stopping], index: Index) -> list[Setting]:
+def _predictors(
+    sweep: Sequence[Setting], questions: Questions, k: int, index: Index, seed: int
+) -> dict[str, Predictor]:
+    """Predictors for every table and scoring; real queries, every second of them, calibrate where there are any."""
+    if index.opened.stop != "predictor":
+        return {}
+    tables = dict.fromkeys((one.levels[0][0], one.levels[0][2]) for one in sweep if one.mode == "rescored")
+    asked = questions.vectors[::2] if questions.own_rows is None else None
+    own = np.zeros(0, np.int64) if questions.own_rows is None else questions.own_rows
+    return lessons.run(index.opened, list(tables), k, _longest(sweep, k), seed, asked, own)
+
+
+def _adaptive(
+    sweep: Sequence[Setting],
+    stop: Literal["margin", "predictor"],
+    learned: Mapping[str, Stopping | Predictor],
+    index: Index,
+) -> list[Setting]:
     """The adaptive shortlist beside the fixed ones of each table."""
     shortest: dict[str, Setting] = {}
     for one in sweep:
         name = index.opened.steps(0, one.levels, one.rescore)[0].name
-        if one.mode == "rescored" and name in stopping:
-            shortest.setdefault(name, replace(one, mode="margin", stop="margin"))
+        if one.mode == "rescored" and name in learned:
+            shortest.setdefault(name, replace(one, mode=stop, stop=stop))
     return list(shortest.values())
 
 

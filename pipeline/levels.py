@@ -178,7 +178,7 @@ def rescored(view: View, prefixes: Matrix, hits: Hits, keep: int, step: Step, he
     vectors, at = _read(view, hits, step, held)
     found = hits.offsets >= 0
     step.candidates += int(found.sum())
-    rough = _cosines(prefixes, vectors, at, found)
+    rough = resident.cosines(prefixes, vectors, at)
     # only those that rounding in float32 could bring into the best are scored in float64
     floor = top_score(rough, keep) - ROUNDING
     contender = found & (rough >= floor[:, None])
@@ -206,16 +206,15 @@ def _deeper(view: View, prefixes: Matrix, hits: Hits, step: Step) -> Hits:
     return Hits(hits.offsets, hits.rows, nested.scores(products, squares), Lengths(view.name, view.info.dim, squares))
 
 
-def _cosines(prefixes: Matrix, vectors: Matrix, at: NDArray[np.int64], found: NDArray[np.bool_]) -> Matrix:
-    rough = np.full(at.shape, -np.inf, np.float32)
-    if found.any():
-        rough[found] = resident.cosines(prefixes, vectors, np.where(found, at, 0))[found]
-    return rough
-
-
-def _rough(view: View, prefixes: Matrix, hits: Hits, step: Step, held: Held | None) -> Matrix:
-    vectors, at = _read(view, hits, step, held)
-    return _cosines(prefixes, vectors, at, hits.offsets >= 0)
+def beginnings(hits: Hits, lengths: NDArray[np.int64]) -> Hits:
+    """The first hits of each query, as many as `lengths` int64[q] say; the others become -1."""
+    width = min(int(lengths.max(initial=0)), hits.offsets.shape[1])
+    gone = np.arange(width) >= lengths[:, None]
+    return Hits(
+        np.where(gone, -1, hits.offsets[:, :width]),
+        np.where(gone, -1, hits.rows[:, :width]),
+        np.where(gone, -np.inf, hits.scores[:, :width]),
+    )
 
 
 def stopped(
@@ -228,7 +227,7 @@ def stopped(
     seen, going, start = Seen.nothing(line, queries, keep), np.ones(queries, bool), 0
     for mark in marks(width, keep):
         part = Hits(hits.offsets[going, start:mark], hits.rows[going, start:mark], hits.scores[going, start:mark])
-        rough[going, start:mark] = _rough(view, prefixes[going], part, step, held)
+        rough[going, start:mark] = resident.cosines(prefixes[going], *_read(view, part, step, held))
         seen.add(going, part.scores, rough[going, start:mark])
         if mark == width:
             break

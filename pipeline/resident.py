@@ -260,7 +260,8 @@ def _number_index(codes: Matrix, codec: Codec) -> Any:
 def cosines(queries: Matrix, vectors: Matrix, offsets: NDArray[np.int64]) -> Matrix:
     """Cosines float32[q, m] of unit queries float32[q, d] with their own rows of vectors [n, d], off by at most 1e-5.
 
-    One query at a time, so that its rows stay in the core's cache; many queries are shared out among threads.
+    -inf where the offset is -1. One query at a time, so that its rows stay in the core's cache; many queries are
+    shared out among threads.
     """
     if len(queries) == 1:
         return _cosines(queries, vectors, offsets)
@@ -271,11 +272,12 @@ def cosines(queries: Matrix, vectors: Matrix, offsets: NDArray[np.int64]) -> Mat
 
 
 def _cosines(queries: Matrix, vectors: Matrix, offsets: NDArray[np.int64]) -> Matrix:
-    scores = np.empty(offsets.shape, np.float32)
+    scores = np.full(offsets.shape, -np.inf, np.float32)
     for query, places, out in zip(queries, offsets, scores, strict=True):
-        wide = _widened(vectors.take(places, axis=0))
+        known = places >= 0
+        wide = _widened(vectors.take(places[known], axis=0))
         lengths = np.sqrt(np.einsum("ij,ij->i", wide, wide))
-        np.divide(wide @ query, np.maximum(lengths, np.float32(MIN_NORM)), out=out)
+        out[known] = wide @ query / np.maximum(lengths, np.float32(MIN_NORM))
     return scores
 
 

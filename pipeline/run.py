@@ -30,6 +30,7 @@ from pipeline import (
     lock,
     merge,
     plan,
+    predictor,
     queries,
     repair,
     report,
@@ -301,7 +302,6 @@ class _Run:
             "tables": tables,
             "cache": cache.run(cached, self.root) if self.spec.search.cache else {},
             "files": {QUARANTINE: full.quarantine, **exported},
-            "copies": [QUARANTINE, *MEASURED],
         }  # fmt: skip
 
     def _evaluated(self, candidate: dict[str, Any]) -> dict[str, Any]:
@@ -315,11 +315,14 @@ class _Run:
                 measured = evaluate.run(self.spec.evaluate, opened, self.spec.seed, self.root)
                 candidate["files"] |= self._keep(measured, newest)
                 candidate["stopping"] = {name: asdict(learned) for name, learned in measured.stopping.items()}
+                candidate["predictor"] = predictor.described(measured.predictors)
             else:
-                candidate["files"] |= {name: newest["files"][name] for name in MEASURED}
+                candidate["files"] |= {name: newest["files"][name] for name in _measured(newest)}
                 candidate["stopping"] = newest.get("stopping", {})
+                candidate["predictor"] = newest.get("predictor", {})
                 kept = self.root.kept(newest["files"]["evaluation.parquet"])
                 evaluate.check_floor(self.spec.evaluate, pl.read_parquet(kept))
+        candidate["copies"] = [QUARANTINE, *_measured(candidate)]
         candidate["evaluation_key"] = key
         candidate["files"] |= repair.table_files(self.root, self.data_files, newest)
         before = {} if newest is None else newest.get("seconds", {})
@@ -346,6 +349,8 @@ class _Run:
             buffer = io.BytesIO()
             getattr(measured, Path(name).stem).write_parquet(buffer)
             data[name] = buffer.getvalue()
+        if measured.predictors:
+            data[predictor.FILE] = predictor.to_bytes(measured.predictors)
         if newest is None:
             for name, content in data.items():
                 self.root.write(name, content)
@@ -354,7 +359,7 @@ class _Run:
 
     def _has_measured(self, generation: Mapping[str, Any]) -> bool:
         """Whether the measurement of a generation is there as it was published."""
-        return all(self.root.has(generation["files"][name]) for name in MEASURED)
+        return all(self.root.has(generation["files"][name]) for name in _measured(generation))
 
     def _evaluation_key(self, candidate: Mapping[str, Any]) -> str:
         """Changes with everything the measurement depends on."""
@@ -365,6 +370,11 @@ class _Run:
         search = [chosen[name] for name in ("cascade", "stop", "confidence")]
         basis = [tables, search, settings.k, list(settings.shortlists), files, self.spec.seed, FORMAT]
         return hashlib.sha256(storage.to_json(basis)).hexdigest()
+
+
+def _measured(generation: Mapping[str, Any]) -> list[str]:
+    """The files that an evaluation made."""
+    return [*MEASURED, *([predictor.FILE] if generation.get("predictor") else [])]
 
 
 def _same(newest: Mapping[str, Any], candidate: Mapping[str, Any]) -> bool:

@@ -223,7 +223,7 @@ class Search(Section):
     stop: Stop = Field(
         "fixed",
         description="how many candidates meet the full vectors: the shortlist; up to five times it, until the margin "
-        "over those left is wide; or as many as a small network predicts from the query",
+        "over those left is wide; or as many as a small network predicts from the query and its coarse scores",
     )
     confidence: float = Field(
         0.95,
