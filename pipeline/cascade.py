@@ -36,7 +36,7 @@ from pipeline.levels import (
 )
 from pipeline.margin import WIDEST, Line, Stopping
 from pipeline.predictor import Predictor
-from pipeline.resident import Held
+from pipeline.resident import Held, one_blas_thread
 from pipeline.spec import Engine, Stop, check_blocks, check_cascade
 from pipeline.storage import Root, kept_name
 from pipeline.tables import DOCUMENTS, PARAMETERS, TableInfo, matrices, vector_matrix
@@ -238,20 +238,22 @@ class Opened:
     def level(self, step: Step, queries: Matrix, hits: Hits | None, keep: int, where: str | None) -> Hits:
         """One level: the best `keep` of the whole table, or of the hits that an earlier level left."""
         view = self.views[step.table].at(step.dim)
-        prefixes = self._prefixes(view, queries)
-        if hits is not None:
-            return rescored(view, prefixes, hits, keep, step, self._codes(view))
-        if self._asks_index(view) and step.scoring != "asymmetric":
-            return from_index(view, prefixes, keep, where, step)
-        held = None if view.is_full else self._codes(view)
-        if held is None:
-            return scanned(view, prefixes, keep, where, step)
-        if where is not None:
-            held = held.subset(where, self._passing(where))
-        step.engine, step.rows, step.bytes = "resident", step.rows + len(held), step.bytes + held.codes.nbytes
-        found, scores = held.nearest(prefixes, keep, step.scoring)
-        offsets = held.offsets(found)
-        return Hits(offsets, held.rows(offsets), scores)
+        held = self._codes(view) if hits is not None or not view.is_full else None
+        by_index = self._asks_index(view) and step.scoring != "asymmetric"
+        if hits is None and held is None and not by_index:
+            return scanned(view, self._prefixes(view, queries), keep, where, step)
+        with one_blas_thread():
+            prefixes = self._prefixes(view, queries)
+            if hits is not None:
+                return rescored(view, prefixes, hits, keep, step, held)
+            if held is None:
+                return from_index(view, prefixes, keep, where, step)
+            if where is not None:
+                held = held.subset(where, self._passing(where))
+            step.engine, step.rows, step.bytes = "resident", step.rows + len(held), step.bytes + held.codes.nbytes
+            found, scores = held.nearest(prefixes, keep, step.scoring)
+            offsets = held.offsets(found)
+            return Hits(offsets, held.rows(offsets), scores)
 
     def scores(self, table: str, queries: Matrix, hits: Hits) -> Matrix:
         """What a table's codes say of hits, as a level after the first would: float32 in the hits' shape."""

@@ -15,12 +15,10 @@ from pipeline.errors import DamageError
 from pipeline.margin import Line, Seen, marks
 from pipeline.nested import Lengths
 from pipeline.resident import Held
-from pipeline.vectors import Matrix, Scoring, top
+from pipeline.vectors import Matrix, Scoring, along, sort_keys, top
 from pipeline.views import View
 
 SCAN_ROWS = 8_192
-ROUNDING = 1e-4
-"""Cosines by float32 products of 4,096 numbers differ from the exact ones by less than half of this."""
 TOGETHER = 32
 """Shortlists of several queries are scored as one product while their union is at most this many times one of them."""
 
@@ -39,10 +37,10 @@ class Hits:
 
     def taken(self, picked: NDArray[np.int64]) -> "Hits":
         """Per query, the hits in these columns [q, …]."""
-        offsets, rows, scores = (np.take_along_axis(part, picked, 1) for part in (self.offsets, self.rows, self.scores))
+        offsets, rows, scores = (along(part, picked) for part in (self.offsets, self.rows, self.scores))
         lengths = self.lengths
         if lengths is not None:
-            lengths = replace(lengths, squares=np.take_along_axis(lengths.squares, picked, 1))
+            lengths = replace(lengths, squares=along(lengths.squares, picked))
         return Hits(offsets, rows, scores, lengths)
 
     @classmethod
@@ -126,7 +124,7 @@ def _best(
     if lengths is not None:
         squares = best.scores[:, :0] if best.lengths is None else best.lengths.squares
         lengths = replace(lengths, squares=pick(squares, lengths.squares))
-    return Hits(pick(best.offsets, offsets), pick(best.rows, rows), np.take_along_axis(both, picked, 1), lengths)
+    return Hits(pick(best.offsets, offsets), pick(best.rows, rows), along(both, picked), lengths)
 
 
 def allowed(view: View, where: str) -> NDArray[np.int64]:
@@ -179,12 +177,11 @@ def rescored(view: View, prefixes: Matrix, hits: Hits, keep: int, step: Step, he
     found = hits.offsets >= 0
     step.candidates += int(found.sum())
     rough = resident.cosines(prefixes, vectors, at)
-    # only those that rounding in float32 could bring into the best are scored in float64
-    floor = top_score(rough, keep) - ROUNDING
-    contender = found & (rough >= floor[:, None])
+    # only those that rounding could bring into the best are scored exactly
+    floor = top_score(rough, keep) - resident.ROUNDING
+    query, column = np.nonzero(found & (rough >= floor[:, None]))
     scores = np.full(hits.offsets.shape, -np.inf, np.float32)
-    for query, mine in enumerate(contender):
-        scores[query, mine] = view.scores(prefixes[query][None], vectors[at[query, mine]], step.scoring)[0]
+    scores[query, column] = resident.exact_cosines(prefixes[query], vectors[at[query, column]])
     return best_of(hits, scores, keep)
 
 
@@ -236,10 +233,10 @@ def stopped(
         if not going.any():
             break
     step.candidates += int(np.isfinite(rough).sum())
-    contenders = rough >= (top_score(rough, keep) - ROUNDING)[:, None]
+    contenders = rough >= (top_score(rough, keep) - resident.ROUNDING)[:, None]
     picked = top(rough, max(int((contenders & np.isfinite(rough)).sum(axis=1).max(initial=0)), 1))
     left = hits.taken(picked)
-    scored = np.isfinite(np.take_along_axis(rough, picked, 1))
+    scored = np.isfinite(along(rough, picked))
     left = Hits(np.where(scored, left.offsets, -1), np.where(scored, left.rows, -1), left.scores)
     return best_of(left, scores_of(view, prefixes, left, step, held), keep)
 
@@ -311,9 +308,12 @@ def best_of(hits: Hits, scores: Matrix, keep: int) -> Hits:
 
 def ranked_columns(hits: Hits, scores: Matrix, keep: int) -> NDArray[np.int64]:
     """Per query, the columns of the best hits by other scores, ties by lower row."""
-    ordered = np.argsort(hits.offsets, axis=1, kind="stable")
-    picked: NDArray[np.int64] = np.take_along_axis(ordered, top(np.take_along_axis(scores, ordered, 1), keep), 1)
-    return picked
+    worst_first = sort_keys(scores, hits.offsets)
+    keep, width = min(keep, scores.shape[1]), scores.shape[1]
+    if keep * 4 > width:
+        return np.argsort(worst_first, axis=1)[:, ::-1][:, :keep]
+    picked = np.argpartition(worst_first, width - keep, axis=1)[:, width - keep :]
+    return np.asarray(along(picked, np.argsort(along(worst_first, picked), axis=1)[:, ::-1]))
 
 
 def joined(blocks: Sequence[Hits]) -> Hits:

@@ -8,27 +8,33 @@ that of a scan from disk. The table is cut into one part per core, which threads
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache, cached_property, partial
 from importlib.util import find_spec
-from typing import Any
+from itertools import pairwise
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
 
-from pipeline.vectors import MIN_NORM, Codec, Matrix, Scoring, sign_scores, top
+from pipeline.vectors import Codec, Matrix, Scoring, along, best, sign_scores, unit
 
 THREADS = max(1, min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
-PART_ROWS = 65_536
-"""A part has at least this many rows: handing a smaller one to a thread costs more than it saves."""
-OVERFETCH = 1.5
+PART_BYTES = 3_000_000
+"""A part has at least this many bytes: handing a smaller one to a thread costs more than it saves (0.1 ms)."""
+OVERFETCH = 1.2
 """Rows asked of a rounding kernel, as a multiple of those wanted (enough to prove the cut on all but few queries)."""
 SUBSETS = 8
 """Filtered copies of the codes that are kept for the next query with the same filter."""
 MANY = 4
 """Where more than 1 / MANY of the rows are wanted, all are scored."""
 BLOCK = 8_192
+FEW = 64
+"""Rows that one thread scores sooner than two."""
+Result = TypeVar("Result")
 
 
 @cache
@@ -87,10 +93,10 @@ class Held:
         if keep * MANY >= len(self):
             return self._everything(prefixes, keep, scoring)
         if self.codec.kind != "binary":
-            return self._merged(self._parts, prefixes, keep)
+            return best(*self._asked(self._numbers, prefixes, keep)[::-1], keep)
         if scoring == "hamming":
-            offsets, distances = self._merged(self._hamming, self.codec.encode(prefixes), keep)
-            return offsets, ((self.dim + 2 * distances) / np.float32(self.dim)).astype(np.float32)
+            offsets, distances = self._asked(self._hamming, self.codec.encode(prefixes), keep)
+            return best(((self.dim + 2 * distances) / np.float32(self.dim)).astype(np.float32), offsets, keep)
         return self._asymmetric(prefixes, keep)
 
     def subset(self, name: str, places: NDArray[np.int64]) -> "Held":
@@ -111,8 +117,7 @@ class Held:
             for start in range(0, len(self), BLOCK)
         ]
         scores = np.concatenate(blocks, axis=1) if blocks else np.zeros((len(prefixes), 0), np.float32)
-        picked = top(scores, keep)
-        return picked, np.take_along_axis(scores, picked, 1)
+        return best(scores, np.arange(len(self)), keep)
 
     def _asymmetric(self, prefixes: Matrix, keep: int) -> tuple[NDArray[np.int64], Matrix]:
         """Look-up tables of rounded bytes find enough rows that exact scores settle which are the best."""
@@ -123,32 +128,42 @@ class Held:
         left, fetch = np.arange(len(queries)), int(keep * OVERFETCH) + 16
         while len(left):
             fetch = min(fetch, len(self))
-            found, rough = self._merged(self._signs, _nibble_order(queries[left]), fetch)
-            order = np.argsort(found, axis=1)
-            found = np.take_along_axis(found, order, 1)
-            exact = sign_scores(queries[left], self.codes[found])
-            picked = top(exact, keep)
-            exact = np.take_along_axis(exact, picked, 1)
-            last = exact[:, -1] * np.sqrt(np.float32(self.dim))
-            proven = (last > rough.min(axis=1) + error[left]) | (fetch == len(self))
-            offsets[left], scores[left] = np.take_along_axis(found, picked, 1), exact
+            found, rough = self._asked(self._signs, _nibble_order(queries[left]), fetch)
+            settle = partial(self._settled, queries[left], found, rough, fetch, keep)
+            offsets[left], scores[left], floor = (
+                np.concatenate(part) for part in zip(*spread(settle, len(left)), strict=True)
+            )
+            last = scores[left, -1] * np.sqrt(np.float32(self.dim))
+            proven = (last > floor + error[left]) | (fetch == len(self))
             left, fetch = left[~proven], fetch * 2
         return offsets, scores
 
-    def _merged(self, parts: Sequence[Any], queries: Matrix, keep: int) -> tuple[NDArray[np.int64], Matrix]:
-        """Ask every part at the same time; the best of all, ties by lower position."""
+    def _settled(
+        self, queries: Matrix, found: NDArray[np.int64], rough: Matrix, fetch: int, keep: int, part: slice
+    ) -> tuple[NDArray[np.int64], Matrix, Matrix]:
+        """The best by exact scores, and the least rough score that was let in, of some of the queries."""
+        queries, found, rough = queries[part], found[part], rough[part]
+        if rough.shape[1] > fetch:
+            picked = np.argpartition(rough, rough.shape[1] - fetch, axis=1)[:, rough.shape[1] - fetch :]
+            found, rough = along(found, picked), along(rough, picked)
+        return *best(sign_scores(queries, self.codes[found]), found, keep), rough.min(axis=1)
+
+    def _asked(self, parts: Sequence[Any], queries: Matrix, keep: int) -> tuple[NDArray[np.int64], Matrix]:
+        """The best of every part for each query, one after the other; a small table is one part for several queries.
+
+        Parts, or those queries, are shared out among all cores.
+        """
         queries = np.ascontiguousarray(queries)
         if len(parts) == 1:
-            found = [parts[0](queries, keep)]
+            found = spread(lambda some: _asked(parts[0], queries[some], keep), len(queries))
         else:
-            found = list(threads().map(lambda part: part(queries, keep), parts))
-        offsets, scores = (np.concatenate(columns, axis=1) for columns in zip(*found, strict=True))
-        order = np.lexsort((offsets, -scores), axis=1)[:, :keep]
-        return np.take_along_axis(offsets, order, 1), np.take_along_axis(scores, order, 1)
+            found = spread(lambda some: _asked(parts[some.start], queries, keep), len(parts))
+        offsets, scores = (np.concatenate(columns, axis=int(len(parts) > 1)) for columns in zip(*found, strict=True))
+        return offsets, scores
 
     @cached_property
     def _bounds(self) -> list[tuple[int, int]]:
-        count = max(1, min(THREADS, len(self) // PART_ROWS))
+        count = max(1, min(THREADS, self.codes.nbytes // PART_BYTES))
         edges = [len(self) * part // count for part in range(count + 1)]
         return list(zip(edges[:-1], edges[1:], strict=True))
 
@@ -161,7 +176,7 @@ class Held:
         return [partial(_index_part, _sign_index(np.ascontiguousarray(self.codes[a:b])), a) for a, b in self._bounds]
 
     @cached_property
-    def _parts(self) -> list[Any]:
+    def _numbers(self) -> list[Any]:
         return [
             partial(_index_part, _number_index(np.ascontiguousarray(self.codes[a:b]), self.codec), a)
             for a, b in self._bounds
@@ -177,16 +192,65 @@ def threads() -> ThreadPoolExecutor:
     global _pool
     with _pool_lock:
         if _pool is None:
-            _pool = ThreadPoolExecutor(THREADS, "scan", initializer=_alone)
+            _pool = ThreadPoolExecutor(THREADS, "scan")
         return _pool
 
 
-def _alone() -> None:
-    """Faiss' own threads would wait for each other inside ours; the setting holds for the calling thread."""
-    if has("faiss"):
-        import faiss
+def spread(work: Callable[[slice], Result], count: int) -> list[Result]:
+    """What `work` gives for consecutive slices of `count` things, one per core, in order.
 
-        faiss.omp_set_num_threads(1)
+    The caller's thread takes the first: handing it over would cost 0.1 ms (measured).
+    """
+    cuts = np.linspace(0, count, max(1, min(THREADS, count)) + 1).astype(int)
+    first, *others = [slice(int(a), int(b)) for a, b in pairwise(cuts)]
+    waiting = [threads().submit(work, part) for part in others]
+    return [work(first), *(one.result() for one in waiting)]
+
+
+def _asked(part: Any, queries: Matrix, keep: int) -> tuple[NDArray[np.int64], Matrix]:
+    """One part of the codes, on this thread alone."""
+    import faiss
+
+    usual = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        found: tuple[NDArray[np.int64], Matrix] = part(queries, keep)
+    finally:
+        faiss.omp_set_num_threads(usual)
+    return found
+
+
+@cache
+def _blas() -> list[Any]:
+    """What sets the threads of NumPy's matrix products."""
+    return [one for one in ThreadpoolController().lib_controllers if one.user_api == "blas"]
+
+
+_inside, _before = 0, list[int]()
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Matrix products on the caller's thread alone, for the process, until the last caller leaves.
+
+    OpenBLAS' threads go on spinning for some 25 ms after a small product, on the cores that the scans need (measured:
+    64 queries take twice as long).
+    """
+    global _inside, _before
+    with _pool_lock:
+        if _inside == 0:
+            _before = [one.get_num_threads() for one in _blas()]
+            for one in _blas():
+                one.set_num_threads(1)
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _pool_lock:
+            _inside -= 1
+            if _inside == 0:
+                for one, count in zip(_blas(), _before, strict=True):
+                    one.set_num_threads(count)
 
 
 def _hamming_part(codes: Matrix, start: int, queries: Matrix, keep: int) -> tuple[NDArray[np.int64], Matrix]:
@@ -257,34 +321,44 @@ def _number_index(codes: Matrix, codec: Codec) -> Any:
     return index
 
 
+ROUNDING = 1e-3
+"""Twice what `cosines` may be off: float16 rounds each number of a unit query by at most 2^-11 of itself."""
+
+
 def cosines(queries: Matrix, vectors: Matrix, offsets: NDArray[np.int64]) -> Matrix:
-    """Cosines float32[q, m] of unit queries float32[q, d] with their own rows of vectors [n, d], off by at most 1e-5.
+    """Cosines float32[q, m] of unit queries [q, d] with their own rows of vectors [n, d], off by at most ROUNDING / 2.
 
     -inf where the offset is -1. One query at a time, so that its rows stay in the core's cache; many queries are
     shared out among threads.
     """
-    if len(queries) == 1:
-        return _cosines(queries, vectors, offsets)
-    cuts = np.linspace(0, len(queries), min(THREADS, len(queries)) + 1).astype(int)
-    parts = zip(cuts[:-1], cuts[1:], strict=True)
-    found = threads().map(lambda part: _cosines(queries[slice(*part)], vectors, offsets[slice(*part)]), parts)
-    return np.concatenate(list(found))
-
-
-def _cosines(queries: Matrix, vectors: Matrix, offsets: NDArray[np.int64]) -> Matrix:
-    scores = np.full(offsets.shape, -np.inf, np.float32)
-    for query, places, out in zip(queries, offsets, scores, strict=True):
-        known = places >= 0
-        wide = _widened(vectors.take(places[known], axis=0))
-        lengths = np.sqrt(np.einsum("ij,ij->i", wide, wide))
-        out[known] = wide @ query / np.maximum(lengths, np.float32(MIN_NORM))
+    scores, queries = np.full(offsets.shape, -np.inf, np.float32), queries.astype(vectors.dtype)
+    spread(lambda part: _cosines(queries[part], vectors, offsets[part], scores[part]), len(queries))
     return scores
 
 
-def _widened(rows: Matrix) -> Matrix:
-    """float16 as float32 (numkong takes a twentieth of NumPy's time)."""
-    if rows.dtype != np.float16 or not has("numkong"):
-        return rows.astype(np.float32, copy=False)
+def _cosines(queries: Matrix, vectors: Matrix, offsets: NDArray[np.int64], scores: Matrix) -> None:
+    for query, places, out in zip(queries, offsets, scores, strict=True):
+        known = slice(None) if places.min(initial=0) >= 0 else places >= 0
+        rows = vectors.take(places[known], axis=0)
+        out[known] = _cosine(query, rows) if len(rows) else 0
+
+
+def _cosine(query: Matrix, rows: Matrix) -> Matrix:
+    if not has("numkong"):
+        return unit(rows) @ query.astype(np.float32)
     import numkong
 
-    return np.asarray(numkong.astype(rows, "float32"))
+    return np.asarray(1 - np.asarray(numkong.cdist(query[None], rows, "angular"))[0])
+
+
+def exact_cosines(queries: Matrix, rows: Matrix) -> Matrix:
+    """Cosines float32[n] of unit queries [n, d] each with its own row [n, d], which is brought to length 1.
+
+    Products are summed in float64, so that equal rows tie whatever stands beside them.
+    """
+
+    def some(part: slice) -> Matrix:
+        pairs = unit(rows[part]).astype(np.float64), queries[part].astype(np.float64)
+        return np.asarray(np.einsum("ij,ij->i", *pairs), np.float32)
+
+    return np.concatenate(spread(some, len(rows))) if len(rows) > FEW else some(slice(None))

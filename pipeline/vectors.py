@@ -187,20 +187,41 @@ def bytes_per_row(dim: int, precision: Precision) -> int:
     return code_width(dim, precision) * code_dtype(precision).itemsize
 
 
+def along(values: Matrix, columns: NDArray[np.int64]) -> Matrix:
+    """Per row, the values in these columns: `np.take_along_axis(values, columns, 1)` in a fifth of its time."""
+    return np.asarray(values[np.arange(len(values))[:, None], columns])
+
+
 def top(scores: Matrix, k: int) -> NDArray[np.int64]:
     """Columns of the k highest float32 scores per row, best first, ties by lower column.
 
-    Score and column share one uint64 key, so that ties at the cut are settled exactly.
     Shape [rows, min(k, columns)]; scores must be finite or -inf.
     """
-    rows, columns = scores.shape
-    k = min(k, columns)
-    bits = np.ascontiguousarray(scores + np.float32(0), dtype=np.float32).view(np.uint32)
-    ascending = np.where(bits >> 31, ~bits, bits | np.uint32(0x80000000)).astype(np.uint64)
-    last_first = np.uint64(columns) - np.arange(1, columns + 1, dtype=np.uint64)
-    keys = (ascending << np.uint64(32)) | last_first
+    places, _ = best(scores, np.arange(scores.shape[1]), k)
+    return places
+
+
+def best(scores: Matrix, places: NDArray[np.int64], k: int) -> tuple[NDArray[np.int64], Matrix]:
+    """The k highest float32 scores per row and their places (below 2^32 - 1), best first, ties by lower place.
+
+    Shapes [rows, min(k, columns)]; scores must be finite or -inf.
+    """
+    keys = sort_keys(scores, places)
+    columns = keys.shape[1]
     if k < columns:
         keys = np.partition(keys, columns - k, axis=1)[:, columns - k :]
     keys = np.sort(keys, axis=1)[:, ::-1]
-    picked: NDArray[np.int64] = columns - 1 - (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
-    return picked
+    ascending = (keys >> np.uint64(32)).astype(np.uint32)
+    bits = np.where(ascending >> 31, ascending ^ np.uint32(0x80000000), ~ascending)
+    found: NDArray[np.int64] = _LAST - (keys & np.uint64(_LAST)).astype(np.int64)
+    return found, bits.view(np.float32)
+
+
+_LAST = 0xFFFFFFFF
+
+
+def sort_keys(scores: Matrix, places: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Score and place in one number, higher is better, so that ties are settled exactly; place -1 comes last."""
+    bits = np.ascontiguousarray(scores + np.float32(0), dtype=np.float32).view(np.uint32)
+    ascending = np.where(bits >> 31, ~bits, bits | np.uint32(0x80000000)).astype(np.uint64)
+    return np.asarray((ascending << np.uint64(32)) | (_LAST - (places & _LAST)).astype(np.uint64))

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,7 @@ class View:
         scale = self.codec.scale
         return nested.numbers(found, None if scale is None else scale[self.start : self.info.dim])
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Numbers per stored vector; bytes of packed bits."""
         return sum(int(self.table.schema.field(name).type.list_size) for name in self.columns)
@@ -84,7 +85,7 @@ class View:
         """Element type of stored vectors."""
         return code_dtype(self.info.precision)
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Bytes of one stored vector."""
         return self.width * self.dtype.itemsize

@@ -13,10 +13,10 @@ from pipeline.vectors import Codec, int8_scale, top, unit
 ROWS = 3_000
 
 
-@pytest.fixture(autouse=True)
-def _parts(monkeypatch):
-    """Two parts, as a large table has on two cores."""
-    monkeypatch.setattr(resident, "PART_ROWS", 1_000)
+@pytest.fixture(autouse=True, params=[1, 2**30], ids=["parts", "whole"])
+def _parts(monkeypatch, request):
+    """A table in two parts, as a large one is on two cores, or whole."""
+    monkeypatch.setattr(resident, "PART_BYTES", request.param)
     monkeypatch.setattr(resident, "THREADS", 2)
 
 
@@ -88,7 +88,8 @@ def test_cosines_of_each_querys_own_rows(kind, numkong, monkeypatch):
     stored = (rows * 1.0005).astype(kind)
     offsets = np.random.default_rng(0).integers(0, ROWS, (12, 40))
     wanted = np.take_along_axis(queries.astype(np.float64) @ unit(stored).astype(np.float64).T, offsets, 1)
-    assert np.abs(cosines(queries, stored, offsets) - wanted).max() < 1e-6
+    assert np.abs(cosines(queries, stored, offsets) - wanted).max() < resident.ROUNDING / 2
+    assert np.abs(resident.exact_cosines(queries, stored[offsets[:, 0]]) - wanted[:, 0]).max() < 1e-7
 
 
 def test_what_is_missing_is_named(monkeypatch):
