@@ -20,6 +20,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline import filters, predictor, resident, store
+from pipeline.cores import one_blas_thread
 from pipeline.errors import DamageError, QueryError, SpecError
 from pipeline.levels import (
     Hits,
@@ -36,7 +37,7 @@ from pipeline.levels import (
 )
 from pipeline.margin import WIDEST, Line, Stopping
 from pipeline.predictor import Predictor
-from pipeline.resident import Held, one_blas_thread
+from pipeline.resident import Held
 from pipeline.spec import Engine, Stop, check_blocks, check_cascade
 from pipeline.storage import Root, kept_name
 from pipeline.tables import DOCUMENTS, PARAMETERS, TableInfo, matrices, vector_matrix

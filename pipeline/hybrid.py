@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import resident, store
+from pipeline import store
 from pipeline.cascade import Opened
+from pipeline.cores import threads
 from pipeline.errors import QueryError
 from pipeline.levels import Hits, Step, joined
 from pipeline.tables import DOCUMENTS
@@ -84,7 +85,7 @@ def text_hits(opened: Opened, texts: Sequence[str], keep: int, clause: str | Non
     step = Step(DOCUMENTS, "fts", keep, note="by BM25; rows are those returned")
     if any(len(text) > QUERY_CHARACTERS for text in texts):
         step.note = f"only the first {QUERY_CHARACTERS:,} characters of a query are looked for"
-    hits = joined(list(resident.threads().map(lambda text: _ask(opened, text, keep, clause), texts)))
+    hits = joined(list(threads().map(lambda text: _ask(opened, text, keep, clause), texts)))
     step.rows = int((hits.offsets >= 0).sum())
     step.milliseconds = (time.perf_counter() - start) * 1000
     return hits, step

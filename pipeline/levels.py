@@ -10,13 +10,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline import nested, resident, store
+from pipeline import cosines, nested, resident, store
+from pipeline.cores import threads
 from pipeline.errors import DamageError
 from pipeline.margin import Line, Seen, marks
 from pipeline.nested import Lengths
 from pipeline.resident import Held
-from pipeline.vectors import Matrix, Scoring, along, sort_keys, top
-from pipeline.views import View
+from pipeline.vectors import Matrix, Scoring, along, best as best_scores, sort_keys, top
+from pipeline.views import READ_ROWS, View
 
 SCAN_ROWS = 8_192
 TOGETHER = 32
@@ -87,17 +88,50 @@ def scanned(view: View, prefixes: Matrix, keep: int, where: str | None, step: St
     columns = ["row", *([] if where is None else ["_rowoffset"]), *view.columns]
     best, position = Hits.none(len(prefixes)), 0
     step.engine = "scan"
-    for batch in view.table.scanner(columns=columns, filter=where, batch_size=SCAN_ROWS).to_batches():
+    is_code = not view.is_full and not view.info.blocks
+    batches = view.table.scanner(columns=columns, filter=where, batch_size=READ_ROWS if is_code else SCAN_ROWS)
+    for batch in batches.to_batches():
         codes = view.codes_in(batch)
         offsets = np.arange(position, position + len(codes)) if where is None else batch["_rowoffset"].to_numpy()
+        offsets, rows = offsets.astype(np.int64), batch["row"].to_numpy()
         position += len(codes)
-        scores, lengths = view.scores(prefixes, codes, step.scoring), None
         if view.info.blocks:
             lengths = Lengths(view.name, view.info.dim, nested.squares(codes))
-            scores = nested.scores(scores, lengths.squares)
-        best = _best(best, offsets.astype(np.int64), batch["row"].to_numpy(), scores, keep, lengths)
+            scores = nested.scores(view.scores(prefixes, codes, step.scoring), lengths.squares)
+            best = _best(best, offsets, rows, scores, keep, lengths)
+        else:
+            best = _merged(best, offsets, rows, *_of_batch(view, prefixes, codes, best, keep, step.scoring), keep)
         step.rows, step.bytes = step.rows + len(codes), step.bytes + len(codes) * view.row_bytes
     return best
+
+
+def _of_batch(
+    view: View, prefixes: Matrix, codes: Matrix, before: Hits, keep: int, scoring: Scoring
+) -> tuple[NDArray[np.int64], Matrix]:
+    """Places in the batch and scores of the best of it; -1 and -inf where there are fewer."""
+    if view.is_full:
+        return cosines.nearest_full(prefixes, codes, keep, before.scores)
+    if resident.available():
+        return best_scores(view.scores(prefixes, codes, scoring), np.arange(len(codes)), keep)
+    return Held(codes, view.codec, view.info.dim).nearest(prefixes, keep, scoring)
+
+
+def _merged(
+    best: Hits,
+    offsets: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    places: NDArray[np.int64],
+    scores: Matrix,
+    keep: int,
+) -> Hits:
+    """The best so far and the best of a batch, together."""
+    known = places >= 0
+    both = Hits(
+        np.concatenate([best.offsets, np.where(known, offsets[places], -1)], axis=1),
+        np.concatenate([best.rows, np.where(known, rows[places], -1)], axis=1),
+        np.concatenate([best.scores, scores], axis=1),
+    )
+    return best_of(both, both.scores, keep)
 
 
 def _best(
@@ -106,10 +140,10 @@ def _best(
     rows: NDArray[np.int64],
     scores: Matrix,
     keep: int,
-    lengths: Lengths | None = None,
+    lengths: Lengths,
 ) -> Hits:
-    """Merge a batch, whose squared lengths are [n], into the best so far; earlier rows come first, so ties go to the
-    lower row.
+    """Merge a batch of a nested table, whose squared lengths are [n], into the best so far; ties go to the lower row:
+    earlier rows come first.
     """
     both = np.concatenate([best.scores, scores], axis=1)
     picked = top(both, keep)
@@ -121,9 +155,8 @@ def _best(
             return from_new
         return np.where(picked < held, np.take_along_axis(old, np.minimum(picked, held - 1), 1), from_new)
 
-    if lengths is not None:
-        squares = best.scores[:, :0] if best.lengths is None else best.lengths.squares
-        lengths = replace(lengths, squares=pick(squares, lengths.squares))
+    squares = best.scores[:, :0] if best.lengths is None else best.lengths.squares
+    lengths = replace(lengths, squares=pick(squares, lengths.squares))
     return Hits(pick(best.offsets, offsets), pick(best.rows, rows), along(both, picked), lengths)
 
 
@@ -161,7 +194,7 @@ def from_index(view: View, prefixes: Matrix, keep: int, where: str | None, step:
         return Hits(offsets[order][None], rows[order][None], scores[order][None])
 
     queries = list(view.codec.encode(prefixes) if view.codec.kind == "binary" else prefixes)
-    found = [ask(queries[0])] if len(queries) == 1 else list(resident.threads().map(ask, queries))
+    found = [ask(queries[0])] if len(queries) == 1 else list(threads().map(ask, queries))
     step.rows += sum(hits.rows.size for hits in found)
     return joined(found)
 
@@ -176,12 +209,12 @@ def rescored(view: View, prefixes: Matrix, hits: Hits, keep: int, step: Step, he
     vectors, at = _read(view, hits, step, held)
     found = hits.offsets >= 0
     step.candidates += int(found.sum())
-    rough = resident.cosines(prefixes, vectors, at)
+    rough = cosines.cosines(prefixes, vectors, at)
     # only those that rounding could bring into the best are scored exactly
-    floor = top_score(rough, keep) - resident.ROUNDING
+    floor = top_score(rough, keep) - cosines.ROUNDING
     query, column = np.nonzero(found & (rough >= floor[:, None]))
     scores = np.full(hits.offsets.shape, -np.inf, np.float32)
-    scores[query, column] = resident.exact_cosines(prefixes[query], vectors[at[query, column]])
+    scores[query, column] = cosines.exact_cosines(prefixes[query], vectors[at[query, column]])
     return best_of(hits, scores, keep)
 
 
@@ -224,7 +257,7 @@ def stopped(
     seen, going, start = Seen.nothing(line, queries, keep), np.ones(queries, bool), 0
     for mark in marks(width, keep):
         part = Hits(hits.offsets[going, start:mark], hits.rows[going, start:mark], hits.scores[going, start:mark])
-        rough[going, start:mark] = resident.cosines(prefixes[going], *_read(view, part, step, held))
+        rough[going, start:mark] = cosines.cosines(prefixes[going], *_read(view, part, step, held))
         seen.add(going, part.scores, rough[going, start:mark])
         if mark == width:
             break
@@ -233,7 +266,7 @@ def stopped(
         if not going.any():
             break
     step.candidates += int(np.isfinite(rough).sum())
-    contenders = rough >= (top_score(rough, keep) - resident.ROUNDING)[:, None]
+    contenders = rough >= (top_score(rough, keep) - cosines.ROUNDING)[:, None]
     picked = top(rough, max(int((contenders & np.isfinite(rough)).sum(axis=1).max(initial=0)), 1))
     left = hits.taken(picked)
     scored = np.isfinite(along(rough, picked))
@@ -242,7 +275,7 @@ def stopped(
 
 
 def top_score(scores: Matrix, k: int) -> Matrix:
-    """The k-th highest score of each row, -inf where there are fewer."""
+    """The k-th highest score of each row, -inf where there are no more than k."""
     if scores.shape[1] <= k:
         return np.full(len(scores), -np.inf, np.float32)
     return np.asarray(np.partition(scores, scores.shape[1] - k, axis=1)[:, scores.shape[1] - k])

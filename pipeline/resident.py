@@ -5,24 +5,18 @@ float products. Whatever they round, an exact pass over slightly more rows than 
 that of a scan from disk. The table is cut into one part per core, which threads scan at the same time.
 """
 
-import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import cache, cached_property, partial
-from importlib.util import find_spec
-from itertools import pairwise
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import ThreadpoolController
 
-from pipeline.vectors import Codec, Matrix, Scoring, along, best, sign_scores, unit
+from pipeline.cores import THREADS, has, spread
+from pipeline.vectors import Codec, Matrix, Scoring, along, best, sign_scores
 
-THREADS = max(1, min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
 PART_BYTES = 3_000_000
 """A part has at least this many bytes: handing a smaller one to a thread costs more than it saves (0.1 ms)."""
 OVERFETCH = 1.2
@@ -32,15 +26,6 @@ SUBSETS = 8
 MANY = 4
 """Where more than 1 / MANY of the rows are wanted, all are scored."""
 BLOCK = 8_192
-FEW = 64
-"""Rows that one thread scores sooner than two."""
-Result = TypeVar("Result")
-
-
-@cache
-def has(package: str) -> bool:
-    """Whether an optional package is installed."""
-    return find_spec(package) is not None
 
 
 def available() -> str:
@@ -183,30 +168,6 @@ class Held:
         ]
 
 
-_pool: ThreadPoolExecutor | None = None
-_pool_lock = threading.Lock()
-
-
-def threads() -> ThreadPoolExecutor:
-    """One thread per core, shared by every open index of this process."""
-    global _pool
-    with _pool_lock:
-        if _pool is None:
-            _pool = ThreadPoolExecutor(THREADS, "scan")
-        return _pool
-
-
-def spread(work: Callable[[slice], Result], count: int) -> list[Result]:
-    """What `work` gives for consecutive slices of `count` things, one per core, in order.
-
-    The caller's thread takes the first: handing it over would cost 0.1 ms (measured).
-    """
-    cuts = np.linspace(0, count, max(1, min(THREADS, count)) + 1).astype(int)
-    first, *others = [slice(int(a), int(b)) for a, b in pairwise(cuts)]
-    waiting = [threads().submit(work, part) for part in others]
-    return [work(first), *(one.result() for one in waiting)]
-
-
 def _asked(part: Any, queries: Matrix, keep: int) -> tuple[NDArray[np.int64], Matrix]:
     """One part of the codes, on this thread alone."""
     import faiss
@@ -218,39 +179,6 @@ def _asked(part: Any, queries: Matrix, keep: int) -> tuple[NDArray[np.int64], Ma
     finally:
         faiss.omp_set_num_threads(usual)
     return found
-
-
-@cache
-def _blas() -> list[Any]:
-    """What sets the threads of NumPy's matrix products."""
-    return [one for one in ThreadpoolController().lib_controllers if one.user_api == "blas"]
-
-
-_inside, _before = 0, list[int]()
-
-
-@contextmanager
-def one_blas_thread() -> Iterator[None]:
-    """Matrix products on the caller's thread alone, for the process, until the last caller leaves.
-
-    OpenBLAS' threads go on spinning for some 25 ms after a small product, on the cores that the scans need (measured:
-    64 queries take twice as long).
-    """
-    global _inside, _before
-    with _pool_lock:
-        if _inside == 0:
-            _before = [one.get_num_threads() for one in _blas()]
-            for one in _blas():
-                one.set_num_threads(1)
-        _inside += 1
-    try:
-        yield
-    finally:
-        with _pool_lock:
-            _inside -= 1
-            if _inside == 0:
-                for one, count in zip(_blas(), _before, strict=True):
-                    one.set_num_threads(count)
 
 
 def _hamming_part(codes: Matrix, start: int, queries: Matrix, keep: int) -> tuple[NDArray[np.int64], Matrix]:
@@ -319,46 +247,3 @@ def _number_index(codes: Matrix, codec: Codec) -> Any:
     index.is_trained = True
     index.add_sa_codes(codes.view(np.uint8) ^ np.uint8(0x80))
     return index
-
-
-ROUNDING = 1e-3
-"""Twice what `cosines` may be off: float16 rounds each number of a unit query by at most 2^-11 of itself."""
-
-
-def cosines(queries: Matrix, vectors: Matrix, offsets: NDArray[np.int64]) -> Matrix:
-    """Cosines float32[q, m] of unit queries [q, d] with their own rows of vectors [n, d], off by at most ROUNDING / 2.
-
-    -inf where the offset is -1. One query at a time, so that its rows stay in the core's cache; many queries are
-    shared out among threads.
-    """
-    scores, queries = np.full(offsets.shape, -np.inf, np.float32), queries.astype(vectors.dtype)
-    spread(lambda part: _cosines(queries[part], vectors, offsets[part], scores[part]), len(queries))
-    return scores
-
-
-def _cosines(queries: Matrix, vectors: Matrix, offsets: NDArray[np.int64], scores: Matrix) -> None:
-    for query, places, out in zip(queries, offsets, scores, strict=True):
-        known = slice(None) if places.min(initial=0) >= 0 else places >= 0
-        rows = vectors.take(places[known], axis=0)
-        out[known] = _cosine(query, rows) if len(rows) else 0
-
-
-def _cosine(query: Matrix, rows: Matrix) -> Matrix:
-    if not has("numkong"):
-        return unit(rows) @ query.astype(np.float32)
-    import numkong
-
-    return np.asarray(1 - np.asarray(numkong.cdist(query[None], rows, "angular"))[0])
-
-
-def exact_cosines(queries: Matrix, rows: Matrix) -> Matrix:
-    """Cosines float32[n] of unit queries [n, d] each with its own row [n, d], which is brought to length 1.
-
-    Products are summed in float64, so that equal rows tie whatever stands beside them.
-    """
-
-    def some(part: slice) -> Matrix:
-        pairs = unit(rows[part]).astype(np.float64), queries[part].astype(np.float64)
-        return np.asarray(np.einsum("ij,ij->i", *pairs), np.float32)
-
-    return np.concatenate(spread(some, len(rows))) if len(rows) > FEW else some(slice(None))

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "pipeline"
 LEVELS = [
-    {"errors", "vectors", "metrics", "template", "sentences", "stopping", "limits", "reread"},
+    {"errors", "vectors", "metrics", "template", "sentences", "stopping", "limits", "reread", "cores"},
     {
         "rotation",
         "nested",
@@ -19,6 +19,7 @@ LEVELS = [
         "lines",
         "recompute",
         "resident",
+        "cosines",
         "margin",
     },
     {"transform", "html", "verify", "predictor"},
@@ -42,7 +43,7 @@ ALLOWED = {
     "lancedb": {"index", "search", "store"},
     "lance": {"index", "search", "store", "reread"},
     "faiss": {"resident"},
-    "numkong": {"resident"},
+    "numkong": {"cosines"},
     "torch": {"encoders", "adaptor"},
     "sentence_transformers": {"encoders"},
     "transformers": {"encoders"},

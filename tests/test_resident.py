@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from pipeline import resident
-from pipeline.resident import Held, cosines
+from pipeline import cores, cosines, resident
+from pipeline.resident import Held
 from pipeline.vectors import Codec, int8_scale, top, unit
 
 ROWS = 3_000
@@ -18,6 +18,7 @@ def _parts(monkeypatch, request):
     """A table in two parts, as a large one is on two cores, or whole."""
     monkeypatch.setattr(resident, "PART_BYTES", request.param)
     monkeypatch.setattr(resident, "THREADS", 2)
+    monkeypatch.setattr(cores, "THREADS", 2)
 
 
 def codec_of(kind, dim, seed=0):
@@ -83,18 +84,18 @@ def test_a_subset_finds_only_its_rows():
 @pytest.mark.parametrize("kind", ["float16", "float32"])
 @pytest.mark.parametrize("numkong", [True, False])
 def test_cosines_of_each_querys_own_rows(kind, numkong, monkeypatch):
-    monkeypatch.setattr(resident, "has", lambda package: numkong)
+    monkeypatch.setattr(cosines, "has", lambda package: numkong)
     rows, queries = vectors(384, 3)
     stored = (rows * 1.0005).astype(kind)
     offsets = np.random.default_rng(0).integers(0, ROWS, (12, 40))
     wanted = np.take_along_axis(queries.astype(np.float64) @ unit(stored).astype(np.float64).T, offsets, 1)
-    assert np.abs(cosines(queries, stored, offsets) - wanted).max() < resident.ROUNDING / 2
-    assert np.abs(resident.exact_cosines(queries, stored[offsets[:, 0]]) - wanted[:, 0]).max() < 1e-7
+    assert np.abs(cosines.cosines(queries, stored, offsets) - wanted).max() < cosines.ROUNDING / 2
+    assert np.abs(cosines.exact_cosines(queries, stored[offsets[:, 0]]) - wanted[:, 0]).max() < 1e-7
 
 
 def test_what_is_missing_is_named(monkeypatch):
-    resident.has.cache_clear()
+    cores.has.cache_clear()
     monkeypatch.setitem(sys.modules, "faiss", None)
-    monkeypatch.setattr(resident, "find_spec", lambda package: None if package == "faiss" else True)
+    monkeypatch.setattr(cores, "find_spec", lambda package: None if package == "faiss" else True)
     assert resident.available() == "faiss not installed (pip install 'matryoshka-pipeline[resident]')"
-    resident.has.cache_clear()
+    cores.has.cache_clear()
