@@ -272,14 +272,20 @@ class Opened:
             raise QueryError(f"there is no id {name!r}")
         return unit(vector_matrix(found.column("vector"))), int(found.column("row")[0].as_py())
 
-    def content(self, offsets: NDArray[np.int64], names: Sequence[str]) -> pl.DataFrame:
-        """Stored columns of rows at positions, in that order."""
-        wanted, where = np.unique(offsets, return_inverse=True)
+    def content(self, hits: Hits, names: Sequence[str]) -> pl.DataFrame:
+        """Stored columns of the hits, one row for each, in their order.
+
+        DamageError where `documents` holds another row than the table that found it.
+        """
+        found = hits.offsets >= 0
+        wanted, where = np.unique(hits.offsets[found], return_inverse=True)
         if len(wanted):
-            taken = self.documents.table.take(pa.array(wanted), columns=list(names))
+            taken = self.documents.table.take(pa.array(wanted), columns=["row", *names])
         else:
-            taken = self.documents.table.schema.empty_table().select(list(names))
-        return pl.DataFrame(pl.from_arrow(taken))[where]
+            taken = self.documents.table.schema.empty_table().select(["row", *names])
+        if not np.array_equal(taken.column("row").to_numpy()[where], hits.rows[found]):
+            raise DamageError("the tables hold other rows in one place; run `verify`, then the job again")
+        return pl.DataFrame(pl.from_arrow(taken.select(list(names))))[where]
 
     def _passing(self, clause: str) -> NDArray[np.int64]:
         """Ascending positions of the rows that a filter lets through, remembered for the next query with it."""
@@ -331,7 +337,7 @@ class Opened:
             needed = size * (not is_mapped) + size * (not view.is_full)
             if view.info.blocks:
                 found[view.name] = "its blocks are read as they are needed"
-            elif self.engine == "lance":
+            elif self.engine == "lance" and not (view.is_full and is_mapped):
                 found[view.name] = "search.engine is lance"
             elif missing:
                 found[view.name] = missing

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from pipeline import cosines, nested, resident, store
 from pipeline.cores import threads
-from pipeline.errors import DamageError
 from pipeline.margin import Line, Seen, marks
 from pipeline.nested import Lengths
 from pipeline.resident import Held
@@ -309,27 +308,18 @@ def _scored(
 
 
 def _read(view: View, hits: Hits, step: Step, held: Held | None) -> tuple[Matrix, NDArray[np.int64]]:
-    """Codes that hold those of the hits, and where each hit's are among them.
-
-    DamageError where the table holds another row at a hit's position.
-    """
+    """Codes that hold those of the hits, and where each hit's are among them: -1 for none."""
     found = hits.offsets >= 0
     if held is not None:
         step.engine = step.engine or "resident"
         step.rows, step.bytes = step.rows + int(found.sum()), step.bytes + int(found.sum()) * view.row_bytes
-        rows, wanted = held.rows(hits.offsets[found]), hits.rows[found]
-        codes, at = held.codes, hits.offsets
-    else:
-        step.engine = step.engine or "take"
-        offsets, inverse = np.unique(hits.offsets[found], return_inverse=True)
-        taken = view.table.take(pa.array(offsets), columns=["row", *view.columns])
-        codes = view.codes_in(taken)
-        step.rows, step.bytes = step.rows + len(codes), step.bytes + len(codes) * view.row_bytes
-        rows, wanted = taken.column("row").to_numpy()[inverse], hits.rows[found]
-        at = np.full(hits.offsets.shape, -1, np.int64)
-        at[found] = inverse
-    if not np.array_equal(rows, wanted):
-        raise DamageError(f"{view.name} holds other rows than the tables before it; run `verify`, then the job again")
+        return held.codes, hits.offsets
+    step.engine = step.engine or "take"
+    offsets, inverse = np.unique(hits.offsets[found], return_inverse=True)
+    codes = view.codes_in(view.table.take(pa.array(offsets), columns=view.columns))
+    step.rows, step.bytes = step.rows + len(codes), step.bytes + len(codes) * view.row_bytes
+    at = np.full(hits.offsets.shape, -1, np.int64)
+    at[found] = inverse
     return codes, at
 
 

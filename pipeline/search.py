@@ -263,7 +263,7 @@ def _frame(opened: Opened, answer: _Answer, columns: Sequence[str] | None) -> pl
     if unknown := [name for name in wanted if name not in stored]:
         raise QueryError(f"columns: there is no {unknown[0]!r}; there are {', '.join(stored)}")
     found = hits.offsets >= 0
-    content = opened.content(hits.offsets[found], wanted)
+    content = opened.content(hits, wanted)
     query, position = np.nonzero(found)
     if answer.fused is not None:
         more["fused"] = pl.Series(answer.fused[found])

@@ -24,6 +24,7 @@ def test_a_search_maps_them_and_answers_alike(generation, spec):
     queries = np.random.default_rng(0).standard_normal((5, DIM))
     assert mapped.search(queries).equals(read.search(queries))
     assert [step["engine"] for step in mapped.explain(queries[0])] == ["resident", "resident"]
+    assert [step["engine"] for step in read.explain(queries[0])] == ["scan", "resident"]
     documents = mapped.opened._held["documents"].codes
     assert isinstance(documents.base, np.memmap)
     assert documents.shape == (120, DIM)
