@@ -34,6 +34,7 @@ from pipeline.levels import (
     scanned,
     scores_of,
     stopped,
+    uncovered,
 )
 from pipeline.margin import WIDEST, Line, Stopping
 from pipeline.predictor import Predictor
@@ -106,8 +107,12 @@ class Opened:
         rotation = info.codec.get("rotation")
         codec = info.codec_with(None if rotation is None else self._matrices[rotation])
         view = View(name, table, info, codec, ann, self.generation["corpus"]["quarantined"] == 0)
-        why = "" if ann is None else plan_misses(view)
-        return replace(view, ann=None, note=why) if why else view
+        if ann is None:
+            return view
+        if why := plan_misses(view):
+            return replace(view, ann=None, note=why)
+        missed = uncovered(view)
+        return replace(view, note=f"{missed:,} rows are not in its index and are scanned") if missed else view
 
     def knowing(self, stopping: Mapping[str, Stopping], predictors: Mapping[str, Predictor]) -> "Opened":
         """The same, with what an evaluation has just learned of when to stop."""
@@ -211,7 +216,9 @@ class Opened:
         steps = []
         for number, (table, size, how) in enumerate(cascade):
             view = self.views[table]
-            note = f"shortlist raised from {size} to k" if size < k else view.note if number == 0 else ""
+            note = f"shortlist raised from {size} to k" if size < k else ""
+            if number == 0:
+                note = note or view.note or self.holdings[table]
             scoring: Scoring = "dot"
             if view.codec.kind == "binary":
                 by_index = number == 0 and self._asks_index(view) and how != "asymmetric"
@@ -219,7 +226,7 @@ class Opened:
             dim = view.at(how).info.dim if view.info.blocks else None
             steps.append(Step(table, "", max(size, k), scoring, note=note, dim=dim))
         if rescore or not steps:
-            steps.append(Step(DOCUMENTS, "", k))
+            steps.append(Step(DOCUMENTS, "", k, note=self.holdings[DOCUMENTS]))
         return steps
 
     def _rank(self, queries: Matrix, k: int, where: str | None, steps: list[Step], rule: Rule | None) -> Hits:

@@ -173,11 +173,14 @@ def plan_misses(view: View) -> str:
     return "" if "ANN" in plan else f"its {view.ann['kind']} index is gone or not used; scanned"
 
 
-def from_index(view: View, prefixes: Matrix, keep: int, where: str | None, step: Step) -> Hits:
-    """Ask the table's ANN index, queries side by side; its own distances order the shortlist.
+def uncovered(view: View) -> int:
+    """Rows of fragments that the table's ANN index does not know; Lance scans them beside it."""
+    indexes = [one for one in view.table.describe_indices() if list(one.field_names) == ["vector"]]
+    return int(view.table.count_rows()) - sum(int(one.num_rows_indexed) for one in indexes)
 
-    Rows that the index does not cover are scanned by Lance beside it, and the note says so.
-    """
+
+def from_index(view: View, prefixes: Matrix, keep: int, where: str | None, step: Step) -> Hits:
+    """Ask the table's ANN index, queries side by side; its own distances order the shortlist."""
     assert view.ann is not None
     step.engine, step.note = str(view.ann["kind"]), step.note or "rows are those returned"
     columns = ["_rowoffset"] if view.is_dense else ["row", "_rowoffset"]

@@ -10,10 +10,10 @@ import numpy as np
 import polars as pl
 
 from pipeline import queries
-from pipeline.evaluate import Setting, timed
 from pipeline.metrics import interval, recall_exact
 from pipeline.search import Index
 from pipeline.storage import Root
+from pipeline.sweep import Setting, timed
 
 NAME = "query_log.parquet"
 SCHEMA = pl.Schema(

@@ -146,7 +146,7 @@ def job_file(values: SpecValues, tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture(autouse=True)
 def _quick_ends(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test looks at milliseconds; the page of a run made in this process is made where a test asks for it."""
-    monkeypatch.setattr("pipeline.evaluate.TIMED_QUERIES", 3)
+    monkeypatch.setattr("pipeline.sweep.TIMED_QUERIES", 3)
     if "pages" not in request.fixturenames:
         monkeypatch.setattr(importlib.import_module("pipeline.run")._Run, "_report", lambda run, generation: None)
 

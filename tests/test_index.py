@@ -1,5 +1,8 @@
 """ANN indexes through the whole job: built where they pay, complete, used, and found again."""
 
+from pathlib import Path
+
+import lance
 import lancedb
 import numpy as np
 import polars as pl
@@ -8,7 +11,11 @@ import pytest
 from pipeline import open_index, run
 from pipeline.errors import PipelineError
 from pipeline.index import choose, partitions
+from pipeline.search import Index as Search
 from pipeline.spec import Index, Prefix
+from pipeline.storage import Root
+from pipeline.tables import vector_matrix
+from pipeline.vectors import unit
 from tests.conftest import DIM, corpus_frame
 
 KINDS = [
@@ -105,3 +112,18 @@ def test_an_index_that_is_not_used_fails_the_job(spec, monkeypatch):
     monkeypatch.setattr("pipeline.store.nearest", lambda *arguments: Unused())
     with pytest.raises(PipelineError, match="do not use its ivf_flat index"):
         run(spec(prefixes=with_index("float16", "ivf_flat")))
+
+
+def test_rows_that_the_index_does_not_cover_are_scanned_and_that_is_said(spec):
+    job = spec(prefixes=with_index("float16", "ivf_flat"))
+    generation = run(job)
+    uri = f"{job.root}/lancedb/prefix_16_float16.lance"
+    table = lance.dataset(uri)
+    first = table.take([0])
+    grown = lance.write_dataset(first.set_column(0, "row", [[120]]), uri, mode="append")
+    generation["tables"]["prefix_16_float16"]["version"] = grown.version
+    index = Search(Root(Path(job.root)), generation, engine="lance")
+    query = vector_matrix(index.documents.table.take([0]).column("vector"))[0]
+    hits, steps = index.rank(unit(query[None]), 2, cascade=[("prefix_16_float16", 2)], rescore=False)
+    assert sorted(hits.rows[0]) == [0, 120]
+    assert steps[0].note == "1 rows are not in its index and are scanned"

@@ -31,6 +31,7 @@ LEVELS = [
     {"corpus", "embed", "export", "fit", "derive", "index", "cascade", "cache"},
     {"anytime", "hybrid"},
     {"search", "lessons"},
+    {"sweep"},
     {"evaluate", "sample"},
     {"querylog", "figures"},
     {"plan", "report", "terminal"},

@@ -209,7 +209,7 @@ def prepared(tmp_path_factory):
     qrels = {"query_id": queries["_id"], "corpus_id": queries["_id"], "score": [1, 1, 1]}
     pl.DataFrame(qrels).write_parquet(folder / "qrels.parquet")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.evaluate.TIMED_QUERIES", 1)
+        patch.setattr("pipeline.sweep.TIMED_QUERIES", 1)
         patch.setattr(importlib.import_module("pipeline.run")._Run, "_report", lambda run, generation: None)
         run(JobSpec.of(begun_with(folder, folder / "root")))
     (folder / "root").rename(folder / "finished")

@@ -1,6 +1,7 @@
 """Texts of queries to vectors, by the model and prompt that a table's metadata names; loads it when first asked."""
 
 from collections.abc import Sequence
+from threading import Lock
 
 import numpy as np
 
@@ -19,6 +20,7 @@ class QueryEncoder:
     def __init__(self, info: TableInfo, model: str | None = None, device: str | None = None) -> None:
         self._info, self._model, self._device = info, model, device
         self._encoder: Encoder | None = None
+        self._lock = Lock()
 
     def __call__(self, texts: Sequence[str]) -> Matrix:
         """Unit float32[n, full_dim]. QueryError for a blank or unusable text, DataError for another model."""
@@ -27,8 +29,8 @@ class QueryEncoder:
             raise QueryError(f"query {blank[0]} is blank")
         if not texts:
             return np.zeros((0, self._info.full_dim), np.float32)
-        if self._encoder is None:
-            self._encoder = self._load()
+        with self._lock:  # threads that ask first together load it once
+            self._encoder = self._encoder or self._load()
         texts = [text.encode("utf-8", "replace").decode() for text in texts]
         encoded = encode_rows(self._encoder, texts, "query", self._info.prompts["query"], BATCH_TOKENS)
         for number, (reason, detail) in sorted(encoded.failed.items()):

@@ -27,6 +27,7 @@ from pipeline.vectors import Matrix
 from pipeline.workers import Pool
 
 FRAGMENT_ROWS = 1_048_576
+TYPES = {"thousandth": pa.int32()}
 PART_ROWS = 65_536
 """Rows of one logical digest, which holds its rows several times over in memory."""
 
@@ -37,16 +38,23 @@ def build(
     prefixes: Sequence[dict[str, Any]],
     dims: Sequence[int] | None = None,
     cache: bool = False,
+    shares: bool = False,
 ) -> dict[str, float]:
     """Build and publish a root from an .npy file of unit rows [n, D], float16 or float32; seconds of each step.
 
-    `prefixes` are those of a job spec; `dims` are the dims that the model was trained for, where it says so.
+    `prefixes` are those of a job spec; `dims` are the dims that the model was trained for, where it says so; `shares`
+    adds a filter column `thousandth`, 0 to 999, drawn by row.
     """
     spec = JobSpec.of(
         {
             "name": "bench",
             "root": str(path),
-            "corpus": {"source": "corpus.npy", "text": "text", "keep_text": False},
+            "corpus": {
+                "source": "corpus.npy",
+                "text": "text",
+                "keep_text": False,
+                "filter": list(TYPES) if shares else [],
+            },
             "model": {"name": "vectors"},
             "prefixes": list(prefixes),
             "search": {"cache": cache},
@@ -62,7 +70,7 @@ def build(
         with _timed(seconds, "fit"):
             fits = fit.run(spec, parent, dims, root)
         with _timed(seconds, "derive"):
-            derived = derive.run(spec.prefixes, parent, fits, {}, root, pool)
+            derived = derive.run(spec.prefixes, parent, fits, TYPES if shares else {}, root, pool)
         with _timed(seconds, "index"):
             indexed = index.run(spec.index, spec.prefixes, full.rows, root)
         with _timed(seconds, "publish"):
@@ -85,7 +93,7 @@ def _documents(corpus: Path, spec: JobSpec, root: Root) -> embed.Full:
         precision="float32", max_tokens=None, batch_tokens=0, prompts={"document": "", "query": ""}, probe={},
     )  # fmt: skip
     info = documents_info(facts, spec)
-    schema = info.to_schema(documents_columns(spec, {}, facts))
+    schema = info.to_schema(documents_columns(spec, TYPES, facts))
     fragments, files, parts = [], {}, []
     for start in range(0, rows, FRAGMENT_ROWS):
         block = np.load(corpus, mmap_mode="r")[start : start + FRAGMENT_ROWS]  # mapped anew: old pages are let go
@@ -120,6 +128,7 @@ def _rows(start: int, vectors: Matrix, schema: pa.Schema) -> pa.Table:
         "id": pa.array(rows).cast(pa.string()),
         "text_digest": pa.Array.from_buffers(pa.binary(16), len(rows), [None, pa.py_buffer(digests)]),
         "vector": vector_array(vectors),
+        "thousandth": pa.array(np.random.default_rng(start).integers(0, 1000, len(vectors)), pa.int32()),
     }
     return pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
 
@@ -139,12 +148,14 @@ def main() -> None:
     options.add_argument("corpus", type=Path, help="unit rows, .npy, float16 or float32")
     options.add_argument("root", type=Path)
     options.add_argument("prefixes", nargs="+", help="dim:precision or dim:precision:index")
+    options.add_argument("--cache", action="store_true", help="also write files that searches map")
+    options.add_argument("--shares", action="store_true", help="a filter column `thousandth`")
     asked = options.parse_args()
     prefixes = []
     for one in asked.prefixes:
         dim, precision, *kind = one.split(":")
         prefixes.append({"dim": int(dim), "precision": precision} | ({"index": {"kind": kind[0]}} if kind else {}))
-    print(json.dumps(build(asked.corpus, asked.root, prefixes)))
+    print(json.dumps(build(asked.corpus, asked.root, prefixes, cache=asked.cache, shares=asked.shares)))
 
 
 if __name__ == "__main__":

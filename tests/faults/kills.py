@@ -155,9 +155,9 @@ def go(spec: JobSpec, until: int | None = None, steps: Path | None = None) -> No
 
 
 def quiet() -> None:
-    import pipeline.evaluate as evaluate
+    import pipeline.sweep as sweep
 
-    evaluate.TIMED_QUERIES = 1
+    sweep.TIMED_QUERIES = 1
     torch.set_num_threads(1)
     sys.modules["pipeline.run"]._Run._report = lambda self, generation: None
     logging.disable(logging.ERROR)
