@@ -234,7 +234,7 @@ def search(
     root, spec = _root_and_spec(job, sets)
     engine, stop = (None, None) if spec is None else (spec.search.engine, spec.search.stop)
     index = open_index(root.path, _model_folder(spec), engine=engine)
-    if exact or (hybrid is None and spec is not None):
+    if exact or (hybrid is None and spec is not None and deadline_ms is None):
         hybrid = spec is not None and spec.search.hybrid and not exact
     cascade = [] if exact else _cascade(spec, index, k)
     if explain:

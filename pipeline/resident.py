@@ -21,6 +21,8 @@ PART_BYTES = 3_000_000
 """A part has at least this many bytes: handing a smaller one to a thread costs more than it saves (0.1 ms)."""
 OVERFETCH = 1.2
 """Rows asked of a rounding kernel, as a multiple of those wanted (enough to prove the cut on all but few queries)."""
+SIDE_BY_SIDE = 64
+"""Rows that a look-up serves at once (measured: 0.22 ms for 250,000 rows of 128 bits; 0.27 at faiss' default, 32)."""
 SUBSETS = 8
 """Filtered copies of the codes that are kept for the next query with the same filter."""
 MANY = 4
@@ -204,9 +206,7 @@ def _sign_index(codes: Matrix) -> Any:
     faiss.copy_array_to_vector(np.tile(patterns.reshape(-1), dim // 4).astype(np.float32), flat.pq.centroids)
     flat.is_trained = True
     flat.add_sa_codes(codes)
-    return faiss.IndexPQFastScan(
-        flat, 64
-    )  # rows side by side (measured: a query 0.22 ms where the default 32 take 0.27)
+    return faiss.IndexPQFastScan(flat, SIDE_BY_SIDE)
 
 
 def _nibble_order(queries: Matrix) -> Matrix:

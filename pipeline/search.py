@@ -44,6 +44,8 @@ def _newest(root: Root) -> Mapping[str, Any]:
     generation = ledger.newest_generation(root)
     if generation is None:
         raise StaleError(f"{root.path} holds no finished generation; run the job first")
+    if "cache" not in generation:
+        raise StaleError(f"{root.path} was finished by an earlier version of this project; run the job in another root")
     return generation
 
 

@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 from pipeline import open_index, run
-from pipeline.errors import DamageError, DataError, QueryError
+from pipeline.errors import DamageError, DataError, QueryError, StaleError
 from pipeline.spec import JobSpec
 from pipeline.tables import vector_matrix
 from pipeline.transform import Transform
@@ -235,6 +235,13 @@ def test_similar_leaves_the_row_itself_out(index):
 def full_vector(index, row):
     taken = index.documents.table.to_table(columns=["vector"], filter=f"row = {row}")
     return vector_matrix(taken.column("vector"))[0]
+
+
+def test_a_root_of_an_earlier_version_is_refused(root, monkeypatch):
+    old = {name: value for name, value in open_index(root).generation.items() if name != "cache"}
+    monkeypatch.setattr("pipeline.ledger.newest_generation", lambda root: old)
+    with pytest.raises(StaleError, match="finished by an earlier version"):
+        open_index(root)
 
 
 def test_columns_are_read_as_asked(index):
