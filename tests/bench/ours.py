@@ -1,13 +1,14 @@
 """This project: cascades over one root, in each engine, one process each."""
 
-import inspect
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from pipeline.search import Index, open_index
+from pipeline.resident import available
+from pipeline.search import open_index
+from pipeline.spec import Engine
 from pipeline.vectors import Matrix
 from tests.bench import root
 from tests.bench.measure import Contender, Search, Setting
@@ -29,13 +30,9 @@ def contenders() -> list[Contender]:
     ]  # fmt: skip
 
 
-def _has_engines() -> bool:
-    return "engine" in inspect.signature(open_index).parameters
-
-
 def _missing(engine: str) -> str:
-    """Before there were engines there was one, which reads from Lance."""
-    return "" if engine == "lance" or _has_engines() else f"open_index has no engine {engine}"
+    """What this engine lacks here; nothing: empty."""
+    return available() if engine == "resident" else ""
 
 
 def _make(of: Set, folder: Path) -> dict[str, float]:
@@ -70,9 +67,9 @@ def _settings(table: str, of: Set) -> list[Setting]:
     return settings
 
 
-def _start(engine: str, of: Set, folder: Path) -> Search:
+def _start(engine: Engine, of: Set, folder: Path) -> Search:
     path = folder / "root"
-    index: Index = open_index(path, engine=engine) if _has_engines() else open_index(path)  # type: ignore[call-arg]
+    index = open_index(path, engine=engine)
 
     def search(queries: Matrix, setting: Setting) -> Matrix:
         cascade: Sequence = [tuple(level) for level in setting["cascade"]]
