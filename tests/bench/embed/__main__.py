@@ -1,6 +1,6 @@
 """The embedding benchmark: this project from file to table beside sentence-transformers and model2vec.
 
-    python -m tests.bench.embed --data FOLDER --rows 300 --out output/bench-embed
+    python -m tests.bench.embed --data FOLDER --rows 200 --out output/bench-embed
     python -m tests.bench.embed --parts speed --sets questions --contenders ours,roof --rows 5000
 
 Same texts, same cut; answers are compared before seconds count; rounds are interleaved. Writes results.json after each
@@ -24,7 +24,7 @@ from tests.bench.embed.texts import Counter, Texts
 PARTS = ("speed", "static", "fidelity", "memory", "quality")
 DEFAULT_PARTS = PARTS[:4]
 CALIBRATION_TEXTS = 300
-FEW, MORE = 96, 256
+FEW, MORE = 64, 256
 """Texts of a sweep: at batch 32 with every variant, at every batch size."""
 STATIC_TIMES = 20
 """Texts of a static set for each row asked for: they take a hundredth of the time."""
@@ -33,6 +33,9 @@ STATIC_TIMES = 20
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make the sets, measure each part, tell."""
     asked = _options().parse_args(arguments)
+    wanted = [part for part in asked.parts.split(",") if part]
+    if not set(wanted) <= set(PARTS):
+        raise SystemExit(f"--parts {asked.parts}: there are {', '.join(PARTS)}")
     asked.out = asked.out.resolve()
     asked.out.mkdir(parents=True, exist_ok=True)
     from pipeline.encoders import models as folders
@@ -50,10 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         # Verdicts of probes are kept here: the first run of each job has none, as on a machine that is new.
         with environment({"XDG_CACHE_HOME": str(bench.work / "cache")}):
-            for part in asked.parts.split(","):
-                getattr(run, part)(told)
-                told |= {"left_out": bench.left_out, "versions": bench.versions}
-                (asked.out / "results.json").write_text(json.dumps(told, indent=1) + "\n")
+            for part in wanted:
+                getattr(run, f"measure_{part}")(told)
+                run.save(told)
     finally:
         bench.close()
     shutil.rmtree(bench.work)
@@ -64,11 +66,12 @@ def _options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--data", type=Path, help="a folder with arxiv-abstracts, squad-dev, xquad")
     options.add_argument("--model", default="all-MiniLM-L6-v2", help="a packaged name or a folder")
-    options.add_argument("--rows", type=int, default=300, help="docstrings; of other sets in proportion")
+    options.add_argument("--rows", type=int, default=200, help="docstrings; of other sets in proportion")
     options.add_argument("--out", type=Path, default=Path("output/bench-embed"))
     options.add_argument("--parts", default=",".join(DEFAULT_PARTS), help=f"of {', '.join(PARTS)}")
     options.add_argument("--sets", default="", help="of docstrings, abstracts, questions, xquad, mixed; all if none")
     options.add_argument("--contenders", default="", help="names of contenders, with commas; all if none")
+    options.add_argument("--int8-sets", default="docstrings", help="sets with int8 too; each start makes it anew")
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--fidelity-rows", type=int, default=100, help="texts of each set there")
     options.add_argument("--seed", type=int, default=0)
@@ -105,7 +108,7 @@ class _Run:
 
     @cached_property
     def peak(self) -> Ask:
-        return self.bench.peer("peak", {"kind": "peak", "size": 256 if self.asked.quick else 2048})
+        return self.bench.peer("peak", {"kind": "peak", **({"size": 256, "seconds": 0.01} if self.asked.quick else {})})
 
     @property
     def names(self) -> list[str]:
@@ -121,39 +124,59 @@ class _Run:
         some = texts.sample(json.loads(Path(of.json).read_text()), count, self.asked.seed)
         return texts.write(Path(of.folder), f"{of.name}-{count}", some, of.limit, counter)
 
-    def taken(self, every: Sequence[speed.Contender]) -> list[speed.Contender]:
-        names = [name for name in self.asked.contenders.split(",") if name]
-        return [one for one in every if not names or one.name in (*names, speed.DEFAULT)]
-
-    def speed(self, told: dict[str, Any]) -> None:
+    def measure_speed(self, told: dict[str, Any]) -> None:
         """Ours beside sentence-transformers, set by set."""
-        bench, counter = self.bench, self.counter
-        sets = texts.prepare(bench.work / "sets", self.found, self.names, self.asked.rows, counter, self.positions,
-                             self.asked.seed)  # fmt: skip
+        bench, counter, asked = self.bench, self.counter, self.asked
+        names, positions = self.names, self.positions
+        sets = texts.prepare(bench.work / "sets", self.found, names, asked.rows, counter, positions, asked.seed)
         told["sets"] |= {of.name: of.told() for of in sets}
         told["speed"], told["sweep"], told["cold"] = [], [], {}
         shape = raw.shape(bench.model)
         facts, int8 = self._facts(told, sets[0], "ours"), None
-        if shape is not None:
+        if shape is not None and self._wants("ours-int8"):
             int8 = self._facts(told, sets[0], "ours-int8", min_cosine=speed.CLOSE)
             if int8 is not None and int8["precision"] != "int8":
-                bench.leave_out("ours-int8", f"{int8['backend']} {int8['precision']} was faster, or int8 is not there")
+                bench.leave_out("ours-int8", f"{int8['backend']} {int8['precision']} was chosen")
                 int8 = None
         variants = speed.peers(bench, self.calibration)
-        if models.is_static(bench.model):
+        best = self._sweep(told, sets, variants)
+        for of in sets:
+            own = int8 if of.name in asked.int8_sets.split(",") else None
+            every = speed.contenders(bench, facts, own, self.calibration, variants[speed.VARIANTS[0]])
+            taken = [one for one in [*every, *best[of.name]] if self._wants(one.name)]
+            rows = speed.rounds(bench, of, taken, asked.rounds, self.peak, shape)
+            told["speed"] += rows
+            told["ratios"] += speed.ratios(rows)
+            self.save(told)
+        bench.close()
+
+    def _sweep(self, told: dict[str, Any], sets: Sequence[Texts], variants: speed.Variants) -> dict[str, Any]:
+        """sentence-transformers at its best on each set; what is not among them is closed again."""
+        best: dict[str, list[speed.Contender]] = {of.name: [] for of in sets}
+        if not self._wants("st-best"):
+            return best
+        if models.is_static(self.bench.model):
             variants = {speed.VARIANTS[0]: variants[speed.VARIANTS[0]]}
         batches = speed.BATCHES[2:4] if self.asked.quick else speed.BATCHES
         for of in sets:
-            best: list[speed.Contender] = []
-            if not self.asked.contenders or "st-best" in self.asked.contenders:
-                some = (self.few(of, FEW, counter), self.few(of, MORE, counter))
-                best, tried = speed.sweep(bench, of, some, variants, batches)
-                told["sweep"] += tried
-            every = speed.contenders(bench, facts, int8, self.calibration, variants[speed.VARIANTS[0]])
-            rows = speed.rounds(bench, of, self.taken([*every, *best]), self.asked.rounds, self.peak, shape)
-            told["speed"] += rows
-            told["ratios"] += speed.ratios(rows)
-        bench.close()
+            some = (self.few(of, FEW, self.counter), self.few(of, MORE, self.counter))
+            best[of.name], tried = speed.sweep(self.bench, of, some, variants, batches)
+            told["sweep"] += tried
+            self.save(told)
+        kept = {(one.setting["backend"], one.setting["precision"]) for found in best.values() for one in found}
+        for variant in set(variants) - kept - {speed.VARIANTS[0]}:
+            self.bench.close(speed.called(variant))
+        return best
+
+    def _wants(self, name: str) -> bool:
+        """Whether a contender is asked for; what all are compared with always is."""
+        names = [name for name in self.asked.contenders.split(",") if name]
+        return not names or name in (*names, speed.DEFAULT)
+
+    def save(self, told: dict[str, Any]) -> None:
+        """Write what is known so far."""
+        told |= {"left_out": self.bench.left_out, "versions": self.bench.versions}
+        (self.asked.out / "results.json").write_text(json.dumps(told, indent=1) + "\n")
 
     def _facts(self, told: dict[str, Any], of: Texts, name: str, **settings: Any) -> dict[str, Any] | None:
         """What a first job chose, whose start-up has no verdict of a probe to read."""
@@ -166,7 +189,7 @@ class _Run:
         told["cold"][name] = first
         return dict(first["facts"])
 
-    def static(self, told: dict[str, Any]) -> None:
+    def measure_static(self, told: dict[str, Any]) -> None:
         """The same with a static model, on the sets that have texts enough."""
         bench, rows = self.bench, self.asked.rows * STATIC_TIMES
         names = [name for name in self.names if name in ("abstracts", "questions")] or self.names[:1]
@@ -179,12 +202,14 @@ class _Run:
                 bench, self.static_model, of, self.few(of, max(64, of.count // 4), counter)
             )
             told["sweep"] += tried
-            found = speed.rounds(bench, of, self.taken(made), self.asked.rounds, None, None)
+            found = speed.rounds(
+                bench, of, [one for one in made if self._wants(one.name)], self.asked.rounds, None, None
+            )
             told["static"] += found
             told["ratios"] += [{**row, "set": f"{row['set']} (static)"} for row in speed.ratios(found)]
         bench.close()
 
-    def fidelity(self, told: dict[str, Any]) -> None:
+    def measure_fidelity(self, told: dict[str, Any]) -> None:
         """Every backend on every set, with prompts."""
         bench, asked = self.bench, self.asked
         every = parts.everything(asked.data, self.found, asked.fidelity_rows, asked.seed)
@@ -205,13 +230,13 @@ class _Run:
         )
         bench.close()
 
-    def memory(self, told: dict[str, Any]) -> None:
+    def measure_memory(self, told: dict[str, Any]) -> None:
         """Memory of a worker as the corpus grows."""
         sizes = [size // 1_000 for size in parts.SIZES] if self.asked.quick else parts.SIZES
         words = sorted({word for text in self.found["docstrings"][:500] for word in text.split() if word.isalpha()})
         told["memory"] = parts.memory(self.bench, self.static_model, sizes, words, self.asked.seed)
 
-    def quality(self, told: dict[str, Any]) -> None:
+    def measure_quality(self, told: dict[str, Any]) -> None:
         """What each backend's answers cost in ranking."""
         if self.asked.data is None:
             self.bench.leave_out("quality", "it needs --data with squad-dev")

@@ -81,7 +81,8 @@ def build(options: serve.Options, limit: int | None, prompt: str) -> Any:
         graph = openvino.quantized(
             base, prompt, openvino.converted(base, prompt), texts, options.get("batch_tokens") or TOKENS["openvino"]
         )
-    choice = choose.Choice(options["backend"], options["precision"], options.get("attention") or "padded")
+    backend = options["backend"].replace("static", "torch")  # which a static model turns into its own path
+    choice = choose.Choice(backend, options["precision"], options.get("attention") or "padded")
     return choose.build(base, choice, prompt, graph)
 
 

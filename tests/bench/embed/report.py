@@ -8,11 +8,10 @@ from typing import Any
 
 from tests.bench import report
 
-PACKAGES = ("torch", "sentence-transformers", "transformers", "tokenizers", "openvino", "nncf", "nanotoken", "model2vec",
-            "numpy", "pyarrow", "pylance", "ray")  # fmt: skip
+PACKAGES = ("torch", "sentence-transformers", "transformers", "tokenizers", "openvino", "nncf", "nanotoken",
+            "model2vec", "numpy", "pyarrow", "pylance", "ray")  # fmt: skip
 Results = Mapping[str, Any]
 Row = Mapping[str, Any]
-LATER = ("start-up", "with start-up")
 
 
 def text(told: Results) -> str:
@@ -58,8 +57,8 @@ def _sweep(rows: Sequence[Row]) -> str:
 
 
 def _speed(rows: Sequence[Row]) -> str:
-    head = ("set", "contender", "docs/s", "tokens/s", "x default", "x with start-up", "cosine", "least", "rounds s", "MFU",
-            "forward MFU", "start-up s", "padding", "waiting", "setting")  # fmt: skip
+    head = ("set", "contender", "docs/s", "tokens/s", "x default", "x with start-up", "cosine", "least", "rounds s",
+            "MFU", "forward MFU", "start-up s", "padding", "waiting", "setting")  # fmt: skip
     return report.table([_speed_cells(row) for row in rows], head)
 
 

@@ -18,10 +18,12 @@ BATCHES = (8, 16, 32, 64, 128, 256)
 STATIC_BATCHES = (32, 256, 1024, 4096)
 VARIANTS = (("torch", "float32"), ("torch", "bfloat16"), ("openvino", "float32"), ("openvino", "bfloat16"),
             ("openvino", "int8"), ("onnx", "float32"), ("onnx", "O3"), ("onnx", "int8"))  # fmt: skip
-NEAR = 0.75
+NEAR = 0.85
 """Variants within this share of the best rate at batch 32 are tried at every batch size."""
 DEFAULT = "st-default"
 Run = Callable[[Texts, str | None], Answer]
+Variants = Mapping[tuple[str, str], Ask]
+"""sentence-transformers on a backend, at a precision."""
 Row = dict[str, Any]
 
 
@@ -51,7 +53,7 @@ def peers(bench: Bench, calibration: Texts) -> dict[tuple[str, str], Ask]:
     """sentence-transformers on each backend, at each precision."""
     made = {}
     for backend, precision in VARIANTS:
-        name = f"st-{backend}-{precision}"
+        name = called((backend, precision))
         made[backend, precision] = bench.peer(
             name,
             {"kind": "sentence-transformers", "model": str(bench.model), "backend": backend, "precision": precision,
@@ -60,8 +62,13 @@ def peers(bench: Bench, calibration: Texts) -> dict[tuple[str, str], Ask]:
     return made
 
 
+def called(variant: tuple[str, str]) -> str:
+    """The name of a variant's process."""
+    return "st-" + "-".join(variant)
+
+
 def sweep(
-    bench: Bench, of: Texts, some: tuple[Texts, Texts], variants: Mapping[tuple[str, str], Ask], batches: Sequence[int]
+    bench: Bench, of: Texts, some: tuple[Texts, Texts], variants: Variants, batches: Sequence[int]
 ) -> tuple[list[Contender], list[Row]]:
     """sentence-transformers at its best on a set: with the same answers, and with int8's; all that was tried.
 
@@ -71,7 +78,7 @@ def sweep(
     tried: list[Row] = []
 
     def attempt(variant: tuple[str, str], batch: int, texts: Texts) -> Row | None:
-        name, out = f"st-{variant[0]}-{variant[1]}", bench.work / "sweep.npy"
+        name, out = called(variant), bench.work / "sweep.npy"
         if name in bench.left_out:
             return None
         try:
@@ -185,7 +192,7 @@ def _open(taken: Sequence[Contender], runs: Mapping[str, Any]) -> Iterator[Conte
 
 
 def _peak(peak: Ask | None) -> float:
-    return float(peak(seconds=0.25)["flops_per_second"]) if peak else float("nan")
+    return float(peak()["flops_per_second"]) if peak else float("nan")
 
 
 def compared(file: Path, with_: Path) -> dict[str, float]:
@@ -213,7 +220,7 @@ def _row(of: Texts, one: Contender, runs: Sequence[Answer], answers: Mapping[str
     if work:
         row["mfu"] = float(np.median([work / run["seconds"] / run["peak"] for run in runs]))
         row["peak_flops"] = float(np.median([run["peak"] for run in runs]))
-        if all("forward_seconds" in run for run in runs):
+        if all(run.get("forward_seconds") for run in runs):
             row["forward_mfu"] = float(np.median([work / run["forward_seconds"] / run["peak"] for run in runs]))
     if "total_seconds" in runs[0]:
         row["times_default_with_startup"] = _ratio(default, runs, "total_seconds")

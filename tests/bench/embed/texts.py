@@ -57,7 +57,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Counter:
-    """Tokens of texts after the cut, by the model's own tokenizer; static models have no limit and no special tokens."""
+    """Tokens of texts after the cut, by the model's own tokenizer; static models have no limit, no special tokens."""
 
     tokenizer: Any
     limit: int | None
