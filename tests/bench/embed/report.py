@@ -29,7 +29,7 @@ def text(told: Results) -> str:
         ("sweep of sentence-transformers (small samples)", "sweep", _sweep),
         ("file to table beside sentence-transformers; seconds without start-up", "speed", _speed),
         ("static model; seconds without start-up", "static", _speed),
-        ("cosine to sentence-transformers' encode", "fidelity", _fidelity),
+        ("cosine to sentence-transformers' encode: mean (least)", "fidelity", _fidelity),
         ("nDCG@10 on squad-dev, questions in float32", "quality", _quality),
         ("memory of a worker, static model", "memory", _memory),
     ):
@@ -104,11 +104,17 @@ def _ratios(rows: Sequence[Row]) -> str:
 
 
 def _fidelity(rows: Sequence[Row]) -> str:
-    head = ("set", "backend", "prompt", "documents", "mean cosine", "least")
-    return report.table(
-        [[row["set"], f"{row['backend']} {row['precision']}", repr(row["prompt"]) if row["prompt"] else "",
-          f"{row['documents']:,}", _cosine(row["cosine"]), _cosine(row["least_cosine"])] for row in rows], head,
-    )  # fmt: skip
+    """A line for each set and prompt, a column for each backend: mean cosine, and the least."""
+    backends = list(dict.fromkeys((row["backend"], row["precision"]) for row in rows))
+    cells = {(row["set"], row["prompt"], row["backend"], row["precision"]): row for row in rows}
+    lines = []
+    for name, prompt in dict.fromkeys((row["set"], row["prompt"]) for row in rows):
+        line = [name, repr(prompt) if prompt else ""]
+        for backend in backends:
+            row = cells.get((name, prompt, *backend))
+            line.append("" if row is None else f"{_cosine(row['cosine'])} ({_cosine(row['least_cosine'])})")
+        lines.append(line)
+    return report.table(lines, ("set", "prompt", *(" ".join(backend) for backend in backends)))
 
 
 def _quality(rows: Sequence[Row]) -> str:
