@@ -143,17 +143,25 @@ def job_file(values: SpecValues, tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-@pytest.fixture(autouse=True)
-def _quick_ends(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test looks at milliseconds; the page of a run made in this process is made where a test asks for it."""
-    monkeypatch.setattr("pipeline.sweep.TIMED_QUERIES", 3)
-    if "pages" not in request.fixturenames:
-        monkeypatch.setattr(importlib.import_module("pipeline.run")._Run, "_report", lambda run, generation: None)
+@pytest.fixture(scope="session", autouse=True)
+def _quick_ends() -> Iterator[Callable[..., None]]:
+    """No test looks at milliseconds or widths of intervals; a run made in this process makes no page.
+
+    Gives what makes it.
+    """
+    job = importlib.import_module("pipeline.run")._Run
+    made = job._report
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.sweep.TIMED_QUERIES", 3)
+        patch.setattr("pipeline.metrics.RESAMPLES", 50)
+        patch.setattr(job, "_report", lambda run, generation: None)
+        yield made
 
 
 @pytest.fixture
-def pages() -> None:
+def pages(_quick_ends: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs in this process make their page too."""
+    monkeypatch.setattr(importlib.import_module("pipeline.run")._Run, "_report", _quick_ends)
 
 
 @pytest.fixture(autouse=True)
