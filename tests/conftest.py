@@ -147,13 +147,14 @@ def job_file(values: SpecValues, tmp_path: Path) -> Callable[..., Path]:
 def _quick_ends() -> Iterator[Callable[..., None]]:
     """No test looks at milliseconds or widths of intervals; a run made in this process makes no page.
 
-    Gives what makes it.
+    Nor can it lose power: fsync is asked for, and does nothing. Gives what makes the page.
     """
     job = importlib.import_module("pipeline.run")._Run
     made = job._report
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.sweep.TIMED_QUERIES", 3)
         patch.setattr("pipeline.metrics.RESAMPLES", 50)
+        patch.setattr(os, "fsync", lambda handle: None)
         patch.setattr(job, "_report", lambda run, generation: None)
         yield made
 
