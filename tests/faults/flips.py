@@ -135,7 +135,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=2000)
     asked = parser.parse_args()
-    kills.quiet()
+    kills.brief()
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
         make(base, save_model(base / "model"))
