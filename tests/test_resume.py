@@ -47,7 +47,7 @@ def records(root):
     return {path.stem for path in (root / "_state" / "embed").glob("[0-9]*.json")}
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=120):
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "waited too long"
