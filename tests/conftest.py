@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -143,22 +144,42 @@ def job_file(values: SpecValues, tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-@pytest.fixture(autouse=True)
-def _quick_ends(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test looks at milliseconds; the page of a run made in this process is made where a test asks for it."""
-    monkeypatch.setattr("pipeline.sweep.TIMED_QUERIES", 3)
-    if "pages" not in request.fixturenames:
-        monkeypatch.setattr(importlib.import_module("pipeline.run")._Run, "_report", lambda run, generation: None)
+@pytest.fixture(scope="session", autouse=True)
+def _quick_ends() -> Iterator[None]:
+    """No test looks at milliseconds or widths of intervals; a run made in this process makes no page.
+
+    Nor can it lose power: fsync is asked for, and does nothing.
+    """
+    job = importlib.import_module("pipeline.run")._Run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.sweep.TIMED_QUERIES", 3)
+        patch.setattr("pipeline.metrics.RESAMPLES", 50)
+        patch.setattr(os, "fsync", lambda handle: None)
+        patch.setattr(job, "_page", job._report, raising=False)
+        patch.setattr(job, "_report", lambda run, generation: None)
+        yield
+
+
+@contextmanager
+def making_pages() -> Iterator[None]:
+    """Runs in this process make their page too."""
+    job = importlib.import_module("pipeline.run")._Run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "_report", job._page)
+        yield
 
 
 @pytest.fixture
-def pages() -> None:
+def pages() -> Iterator[None]:
     """Runs in this process make their page too."""
+    with making_pages():
+        yield
 
 
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Relative paths must not reach the checkout."""
+    """Relative paths must not reach the checkout, nor verdicts of probes the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)

@@ -85,7 +85,7 @@ def test_a_filter_reaches_the_index(spec):
 def test_an_index_finds_every_row_a_filter_leaves(spec, corpus_file, precision, kind):
     frame = corpus_frame(3_000).with_columns(rare=pl.int_range(3_000) % 150)
     frame.write_parquet(corpus_file)
-    job = spec(prefixes=with_index(precision, kind), corpus__filter=["rare"])
+    job = spec(prefixes=with_index(precision, kind), corpus__filter=["rare"], transform={"kind": "pca"})
     run(job)
     index = open_index(job.root, engine="lance")
     queries = np.random.default_rng(0).standard_normal((20, DIM))

@@ -1,6 +1,5 @@
 """Every field of a spec and every kind of change to a corpus, on a finished root: refused by name, or free."""
 
-import importlib
 import re
 import shutil
 import typing
@@ -208,10 +207,7 @@ def prepared(tmp_path_factory):
     queries.write_parquet(folder / "queries.parquet")
     qrels = {"query_id": queries["_id"], "corpus_id": queries["_id"], "score": [1, 1, 1]}
     pl.DataFrame(qrels).write_parquet(folder / "qrels.parquet")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.sweep.TIMED_QUERIES", 1)
-        patch.setattr(importlib.import_module("pipeline.run")._Run, "_report", lambda run, generation: None)
-        run(JobSpec.of(begun_with(folder, folder / "root")))
+    run(JobSpec.of(begun_with(folder, folder / "root")))
     (folder / "root").rename(folder / "finished")
     return folder
 
@@ -274,8 +270,8 @@ def test_every_field_has_an_entry():
     assert sorted(fields(JobSpec)) == sorted(ENTRIES)
 
 
-def test_every_backend_is_torch():
-    assert typing.get_args(Model.model_fields["backend"].annotation) == ("auto", "torch")
+def test_a_static_model_is_run_by_torch_alone():
+    assert typing.get_args(Model.model_fields["backend"].annotation) == ("auto", "torch", "openvino")
 
 
 @pytest.mark.parametrize("name", CHANGED)

@@ -23,6 +23,7 @@ import polars as pl
 
 from pipeline import JobSpec, run, verify
 from tests.conftest import corpus_frame, save_model
+from tests.faults import kills
 
 AT_ONCE = 20
 NOT_COMMITTED = ("_state/locks/", "_state/drafts/", "_state/damaged/", "report.html", "query_log.parquet")
@@ -134,6 +135,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=2000)
     asked = parser.parse_args()
+    kills.brief()
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
         make(base, save_model(base / "model"))
