@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import derive, embed, fit, index, ledger, lock, merge, repair, storage, store
-from pipeline.embedder import COUNTERS, Facts, documents_columns, documents_info
+from pipeline.embedder import COUNTERS, METERS, Facts, documents_columns, documents_info
 from pipeline.run import _Run, ignore
 from pipeline.spec import JobSpec
 from pipeline.storage import Root
@@ -104,7 +104,7 @@ def _documents(corpus: Path, spec: JobSpec, root: Root) -> embed.Full:
         for first in range(0, len(block), PART_ROWS):
             part = table.slice(first, PART_ROWS)
             parts.append((part.num_rows, logical_digest(part)))
-    counters = dict.fromkeys((*COUNTERS, *merge.COUNTERS, "seconds", "peak_memory_bytes", "repaired"), 0)
+    counters = dict.fromkeys((*COUNTERS, *METERS, *merge.COUNTERS, "peak_memory_bytes", "repaired"), 0)
     return embed.Full(
         version=store.commit(root, DOCUMENTS, schema, fragments),
         digest=combined_digest([digest for _, digest in parts]),

@@ -10,6 +10,7 @@ part, and every table to stdout.
 import argparse
 import json
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,13 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run = _Run(asked, bench, folder.positions)
     told: dict[str, Any] = {
         "machine": search_report.machine(report.PACKAGES), "model": Path(bench.name).name, "rows": asked.rows,
-        "rounds": asked.rounds, "seed": asked.seed, "sets": {}, "ratios": [],
+        "rounds": asked.rounds, "seed": asked.seed, "sets": {}, "ratios": [], "part_seconds": {},
     }  # fmt: skip
     try:
         # Verdicts of probes are kept here: the first run of each job has none, as on a machine that is new.
         with environment({"XDG_CACHE_HOME": str(bench.work / "cache")}):
             for part in wanted:
+                start = time.perf_counter()
                 getattr(run, f"measure_{part}")(told)
+                told["part_seconds"][part] = time.perf_counter() - start
                 run.save(told)
     finally:
         bench.close()
@@ -133,11 +136,8 @@ class _Run:
         told["speed"], told["sweep"], told["cold"] = [], [], {}
         shape = raw.shape(bench.model)
         facts, int8 = self._facts(told, sets[0], "ours"), None
-        if shape is not None and self._wants("ours-int8"):
-            int8 = self._facts(told, sets[0], "ours-int8", min_cosine=speed.CLOSE)
-            if int8 is not None and int8["precision"] != "int8":
-                bench.leave_out("ours-int8", f"{int8['backend']} {int8['precision']} was chosen")
-                int8 = None
+        if shape is not None and asked.int8_sets and self._wants("ours-int8"):
+            int8 = self._facts(told, sets[0], "ours-int8", **speed.INT8)
         variants = speed.peers(bench, self.calibration)
         best = self._sweep(told, sets, variants)
         for of in sets:

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-SUMS = ("tokens", "padded_tokens", "flops", "read_seconds", "tokenize_seconds", "waiting_seconds", "forward_seconds",
-        "write_seconds", "repeats", "halvings")  # fmt: skip
+SUMS = ("tokens", "squared_tokens", "padded_tokens", "read_seconds", "tokenize_seconds", "waiting_seconds",
+        "forward_seconds", "write_seconds", "repeats", "halvings")  # fmt: skip
 """Fields of the shards' records that are added up."""
+FACTS = ("backend", "precision", "attention", "batch_tokens", "max_tokens", "tokenizer", "flops", "peak_flops")
 BEGUN = "embed model="
 """Begins the line that the job logs when its first worker has loaded and probed the model."""
 
@@ -82,9 +83,7 @@ def run(asked: Mapping[str, Any], out: str | None, started: float) -> dict[str, 
         "seconds": clock.committed - clock.ready,
         "startup_seconds": clock.ready - started,
         "total_seconds": ended - started,
-        "facts": {
-            name: facts.get(name) for name in ("backend", "precision", "attention", "batch_tokens", "max_tokens")
-        },
+        "facts": {name: facts.get(name) for name in FACTS},
         "probe": facts.get("probe"),
         "shards": len(records),
         "shard_seconds": sum(one["seconds"] for one in records),

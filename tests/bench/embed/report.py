@@ -37,7 +37,8 @@ def text(told: Results) -> str:
             lines += ["", title, "", shown(told[part])]
     if told.get("ratios"):
         lines += ["", "ours, times as fast as", "", _ratios(told["ratios"])]
-    lines += ["", *(f"left out: {name}: {why}" for name, why in told["left_out"].items())]
+    lines += ["", "took " + ", ".join(f"{part} {spent:,.0f} s" for part, spent in told["part_seconds"].items())]
+    lines += [*(f"left out: {name}: {why}" for name, why in told["left_out"].items())]
     return "\n".join(lines).rstrip()
 
 
@@ -58,7 +59,7 @@ def _sweep(rows: Sequence[Row]) -> str:
 
 def _speed(rows: Sequence[Row]) -> str:
     head = ("set", "contender", "docs/s", "tokens/s", "x default", "x with start-up", "cosine", "least", "rounds s",
-            "MFU", "forward MFU", "start-up s", "padding", "waiting", "setting")  # fmt: skip
+            "MFU", "forward MFU", "told MFU", "start-up s", "padding", "waiting", "setting")  # fmt: skip
     return report.table([_speed_cells(row) for row in rows], head)
 
 
@@ -78,6 +79,7 @@ def _speed_cells(row: Row) -> list[str]:
         f"{min(row['seconds']):.2f}-{max(row['seconds']):.2f}",
         _share(row.get("mfu")),
         _share(row.get("forward_mfu")),
+        _share(row.get("told_mfu")),
         f"{told['startup_seconds']:.1f}" if "startup_seconds" in told else "",
         _share(padding),
         _share(None if waiting is None else waiting / row["median_seconds"]),

@@ -21,6 +21,8 @@ VARIANTS = (("torch", "float32"), ("torch", "bfloat16"), ("openvino", "float32")
 NEAR = 0.85
 """Variants within this share of the best rate at batch 32 are tried at every batch size."""
 DEFAULT = "st-default"
+INT8 = {"backend": "openvino", "precision": "int8"}
+"""The model section of a job that allows int8 and wants nothing else, so that no probe decides."""
 Run = Callable[[Texts, str | None], Answer]
 Variants = Mapping[tuple[str, str], Ask]
 """sentence-transformers on a backend, at a precision."""
@@ -116,7 +118,7 @@ def contenders(bench: Bench, facts: Mapping[str, Any] | None, int8: Mapping[str,
     """Ours from file to table, the roof of what it chose, and sentence-transformers as it comes."""
     name = bench.name
     made = [Contender(DEFAULT, asking(default, batch=32), {"backend": "torch", "precision": "float32", "batch": 32})]
-    for suffix, found, settings in (("", facts, {}), ("-int8", int8, {"min_cosine": CLOSE})):
+    for suffix, found, settings in (("", facts, {}), ("-int8", int8, INT8)):
         if found is None:
             continue
         made.append(Contender(f"ours{suffix}", job(bench, name, **settings), found))
@@ -222,9 +224,23 @@ def _row(of: Texts, one: Contender, runs: Sequence[Answer], answers: Mapping[str
         row["peak_flops"] = float(np.median([run["peak"] for run in runs]))
         if all(run.get("forward_seconds") for run in runs):
             row["forward_mfu"] = float(np.median([work / run["forward_seconds"] / run["peak"] for run in runs]))
+        row["told_mfu"] = _told(runs)
     if "total_seconds" in runs[0]:
         row["times_default_with_startup"] = _ratio(default, runs, "total_seconds")
     return row
+
+
+def _told(runs: Sequence[Answer]) -> float | None:
+    """The utilisation during forward that a job's own meters give, by the peak that its worker measured."""
+    facts = runs[0].get("facts") or {}
+    (each, squared), peak = facts.get("flops") or (0, 0), facts.get("peak_flops")
+    if not peak or not all(run.get("forward_seconds") for run in runs):
+        return None
+    rates = [
+        (each * run["tokens"] + squared * run["squared_tokens"]) / run["forward_seconds"] / run["facts"]["peak_flops"]
+        for run in runs
+    ]
+    return float(np.median(rates))
 
 
 def _ratio(default: Sequence[Answer] | None, runs: Sequence[Answer], name: str) -> float | None:
