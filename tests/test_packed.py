@@ -293,6 +293,32 @@ def test_what_the_kernel_is_told(monkeypatch, causal, window, wanted):
     assert calls == [((3, 4, 8), (3, 2, 8), 2, 2, {"scale": 0.5, "window_size": wanted, "enable_gqa": True})]
 
 
+@pytest.mark.parametrize("heads", [4, 2])
+def test_the_real_kernel_takes_what_it_is_told(monkeypatch, heads):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setattr(packed, "_HAS_KERNEL", True)
+    with FakeTensorMode():
+        query = torch.empty(1, 4, 30, 8, dtype=torch.bfloat16, device="cuda")
+        key = torch.empty(1, heads, 30, 8, dtype=torch.bfloat16, device="cuda")
+        borders = torch.empty(3, dtype=torch.int32, device="cuda")
+        assert packed.kernel_serves(query.device.type, query.dtype, 8)
+        out, _ = packed.attention(None, query, key, key, None, cu_seq_lens_q=borders, max_length_q=20)
+    assert (out.shape, out.dtype, out.device.type) == ((1, 30, 4, 8), torch.bfloat16, "cuda")
+
+
+def test_the_kernels_path_compiles_without_a_break(load, monkeypatch):
+    model = load("bert")
+    monkeypatch.setattr(packed, "kernel_serves", lambda device, dtype, head_dim: True)
+    monkeypatch.setattr(packed, "_varlen", lambda query, key, value, *others: value * 2)
+    assert packed.enable(model)
+    ids, offsets = tokens(model)
+    plain = packed_vectors(model, ids, offsets)
+    for layer in model[0].model.encoder.layer:
+        layer.compile(backend="eager", fullgraph=True)
+    assert torch.allclose(packed_vectors(model, ids, offsets), plain, atol=1e-6)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("kind", FITTING)
 def test_on_a_gpu_the_kernel_agrees_with_padded_batches(load, kind):

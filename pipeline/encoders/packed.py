@@ -6,6 +6,7 @@ first, and nothing may run packed that it has not allowed. Where a model keeps t
 attention raises: there is no silent wrong answer.
 """
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -135,13 +136,13 @@ def attention(
     unknown = [
         name for name, given in others.items() if name not in UNDERSTOOD and not (given is None or given is False)
     ]
-    if attention_mask is not None or dropout or unknown or key.shape[-2] != query.shape[-2]:
-        raise RuntimeError(f"packed attention knows no mask, dropout, cache or {', '.join(unknown) or 'bias'}")
+    if attention_mask is not None or dropout or unknown or query.shape[0] != 1 or key.shape[2] != query.shape[2]:
+        raise RuntimeError(f"packed attention knows no mask, dropout, cache or {', '.join(unknown) or 'padding'}")
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
     reach = -1 if sliding_window is None else sliding_window - 1
-    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+    query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
     run = _varlen if kernel_serves(query.device.type, query.dtype, query.shape[-1]) else _plain
-    return run(query, key, value, cu_seq_lens_q, max_length_q, scaling, causal, reach)[None], None
+    return run(query, key, value, cu_seq_lens_q, max_length_q, scaling, causal, reach).unsqueeze(0), None
 
 
 def kernel_serves(device: str, dtype: Any, head_dim: int) -> bool:
@@ -167,17 +168,10 @@ def _varlen(
     """(tokens, heads, head dim), by FlashAttention as torch has it."""
     from torch.nn.attention.varlen import varlen_attn
 
+    shared: dict[str, Any] = {"enable_gqa": True} if key.shape[1] != query.shape[1] else {}  # from torch 2.12 on
+    window = (reach, 0 if causal else reach)
     return varlen_attn(
-        query,
-        key,
-        value,
-        borders,
-        borders,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=(reach, 0 if causal else reach),
-        enable_gqa=key.shape[1] != query.shape[1],
+        query, key, value, borders, borders, longest, longest, scale=scaling, window_size=window, **shared
     )
 
 
@@ -223,11 +217,11 @@ def _register() -> None:
 
     AttentionInterface.register(NAME, attention)
     try:
-        from torch.nn.attention.varlen import varlen_attn  # noqa: F401 - from torch 2.10 on
-
-        _HAS_KERNEL = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-    except ImportError:
-        _HAS_KERNEL = False
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # before torch 2.10
+        return
+    has_windows = "window_size" in inspect.signature(varlen_attn).parameters  # from torch 2.11 on
+    _HAS_KERNEL = has_windows and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def objection(model: Any) -> str:
