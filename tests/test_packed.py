@@ -271,6 +271,39 @@ def test_half_precision_agrees_on_average(load, kind, precision):
     assert packed.prove(model).allowed
 
 
+def halved(load, precision):
+    """A model at half precision, and itself in float32."""
+    models = [load("bert"), load("bert")]
+    models[0][0].to(precision)
+    return models
+
+
+def test_coarse_rounding_is_judged_by_float32(load, monkeypatch):
+    model, reference = halved(load, torch.bfloat16)
+    monkeypatch.setitem(packed.LEAST_COSINE, "bfloat16", 0.999999)
+    assert "differ" in packed.prove(model).reason
+    verdict = packed.prove(model, reference=reference)
+    assert verdict.allowed
+    assert verdict.mean < 0.999999
+    assert reference[0].model.config._attn_implementation == "sdpa"
+
+
+def test_a_kernel_that_rounds_worse_than_padded_batches_is_refused(load, monkeypatch):
+    model, reference = halved(load, torch.bfloat16)
+    plain = packed._plain
+    monkeypatch.setattr(
+        packed, "_plain", lambda query, *given: plain(query, *given) * (1.1 if query.dtype == torch.bfloat16 else 1)
+    )
+    assert "lose" in packed.prove(model, reference=reference).reason
+
+
+def test_a_model_that_is_wrong_in_float32_is_refused_at_half_precision(load, monkeypatch):
+    model, reference = halved(load, torch.bfloat16)
+    plain = packed._plain
+    monkeypatch.setattr(packed, "_plain", lambda query, *given: plain(query, *given) * 1.01)
+    assert "in float32" in packed.prove(model, reference=reference).reason
+
+
 @pytest.mark.parametrize(
     ("causal", "window", "wanted"),
     [(False, None, (-1, -1)), (True, None, (-1, 0)), (False, 9, (8, 8)), (True, 9, (8, 0))],

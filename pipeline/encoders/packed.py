@@ -18,6 +18,8 @@ NAME = "matryoshka_packed"
 """Of the attention in transformers' registry."""
 LEAST_COSINE = {"float32": 0.99999, "bfloat16": 0.9999, "float16": 0.9999}
 """Packed against padded at the same precision: of every text in float32, on average where rounding is coarser."""
+MORE_LOST, ALWAYS_LOST = 1.5, 1e-5
+"""Packed batches may be so many times as far (1 - mean cosine) from a float32 reference as padded ones, and so much."""
 ROW_BY_ROW = {"Transformer", "Pooling", "Normalize", "Dense", "LayerNorm", "Dropout"}
 """Modules of sentence-transformers that know flat token vectors, or read sentence vectors alone."""
 PLAIN_LAYERS = {"full_attention", "sliding_attention"}
@@ -274,22 +276,32 @@ def position_base(model: Any) -> int | None:
     return None
 
 
-def prove(model: Any, max_tokens: int | None = None, prompt_tokens: int = 0, seed: int = 0) -> Verdict:
+def prove(
+    model: Any, max_tokens: int | None = None, prompt_tokens: int = 0, reference: Any = None, seed: int = 0
+) -> Verdict:
     """Compare packed with padded batches on made-up texts; packed attention stays on only where they agree.
 
     Texts reach past a sliding window. Besides the cosine, a text's token vectors must not change by a bit when its
-    neighbours become others of the same lengths.
+    neighbours become others of the same lengths. `reference`: the same model in float32, of a model at half
+    precision. It is proven first, which no rounding hides; then packed batches may be as far from it as padded ones.
     """
     reason = objection(model)
     if reason:
         return Verdict(False, reason)
     ids, offsets = _made_up(model, max_tokens, prompt_tokens, seed)
+    exact = None
+    if reference is not None:
+        verdict = prove(reference, max_tokens, prompt_tokens, None, seed)
+        disable(reference)
+        if not verdict.allowed:
+            return verdict
+        exact = _padded_vectors(reference, ids, offsets, prompt_tokens)
     disable(model)
     padded = _padded_vectors(model, ids, offsets, prompt_tokens)
     if not enable(model):
         return Verdict(False, f"{type(model[0].model).__name__} keeps its own attention")
     try:
-        verdict = _compared(model, ids, offsets, prompt_tokens, padded)
+        verdict = _compared(model, ids, offsets, prompt_tokens, padded, exact)
     except Exception as error:  # whatever a model raises that is not made for it
         verdict = Verdict(False, f"{type(error).__name__}: {error}".splitlines()[0][:200])
     if not verdict.allowed:
@@ -298,18 +310,21 @@ def prove(model: Any, max_tokens: int | None = None, prompt_tokens: int = 0, see
 
 
 def _compared(
-    model: Any, ids: NDArray[np.int32], offsets: NDArray[np.int64], prompt_tokens: int, padded: Any
+    model: Any, ids: NDArray[np.int32], offsets: NDArray[np.int64], prompt_tokens: int, padded: Any, exact: Any
 ) -> Verdict:
     import torch
 
     base = position_base(model)
     vectors, tokens = _packed_vectors(model, features(ids, offsets, (), base, prompt_tokens))
-    cosines = torch.nn.functional.cosine_similarity(vectors.double(), padded.double(), dim=-1)
+    cosines = _cosines(vectors, padded)
     mean, least = float(cosines.mean()), float(cosines.min())
-    precision = str(model[0].model.dtype).removeprefix("torch.")
-    judged = least if precision == "float32" else mean
-    if not judged >= LEAST_COSINE.get(precision, LEAST_COSINE["float32"]):  # NaN is no agreement
-        return Verdict(False, f"packed and padded batches differ (cosine {judged:.6f} in {precision})", mean, least)
+    reason = _difference(str(model[0].model.dtype).removeprefix("torch."), mean, least)
+    if exact is not None:
+        lost, usual = (1 - float(_cosines(some, exact).mean()) for some in (vectors, padded))
+        fair = lost <= MORE_LOST * usual + ALWAYS_LOST
+        reason = "" if fair else f"packed batches lose {lost:.6f} of the cosine to float32, padded ones {usual:.6f}"
+    if reason:
+        return Verdict(False, reason, mean, least)
     middle = len(offsets) // 2
     keep = slice(offsets[middle], offsets[middle + 1])
     others = np.roll(ids, 1)
@@ -318,6 +333,19 @@ def _compared(
     if not torch.equal(tokens[keep], among_others[keep]):
         return Verdict(False, "a text's vectors change with its neighbours in a packed batch", mean, least)
     return Verdict(True, "", mean, least)
+
+
+def _cosines(some: Any, others: Any) -> Any:
+    import torch
+
+    return torch.nn.functional.cosine_similarity(some.double(), others.double(), dim=-1)
+
+
+def _difference(precision: str, mean: float, least: float) -> str:
+    judged = least if precision == "float32" else mean
+    if judged >= LEAST_COSINE.get(precision, LEAST_COSINE["float32"]):
+        return ""
+    return f"packed and padded batches differ (cosine {judged:.6f} in {precision})"  # NaN too
 
 
 def _made_up(

@@ -84,12 +84,16 @@ class Fixedly:
         self._torch, self._packed, self._encoder = torch, packed, encoder
         self.dim, self.max_tokens, self.tokenizer = encoder.dim, encoder.max_tokens, encoder.tokenizer
         self.in_flight = encoder.in_flight
+        if encoder.device == "cpu":
+            if way.graph:
+                raise RuntimeError("CUDA graphs need CUDA")
+            packed._plain = torch.compiler.disable(packed._plain)  # loops in Python, of which nothing is compiled
         if way.compiled:
+            torch._dynamo.config.recompile_limit = 64  # two of each model, set and budget
+            torch._dynamo.config.fail_on_recompile_limit_hit = True  # else what follows would silently run as it is
             inner = encoder.model[0].model
             for part in (inner.embeddings, *inner.encoder.layer):
                 part.compile(backend=backend, dynamic=False)
-        if way.graph and encoder.device == "cpu":
-            raise RuntimeError("CUDA graphs need CUDA")
         self._shapes = []
         for share in (4, 1):
             budget = max(way.budget // share, 2 * longest)
