@@ -18,6 +18,8 @@ import pyarrow as pa
 from pipeline import ledger, merge, rows, store
 from pipeline.embedder import (
     COUNTERS,
+    LOOKAHEAD,
+    METERS,
     Embedder,
     Facts,
     Resolve,
@@ -39,7 +41,7 @@ from pipeline.workers import Died, OnProgress, Pool, Team
 
 log = logging.getLogger(__name__)
 
-STATE_FORMAT = 3
+STATE_FORMAT = 4
 """Version of what lies in `_state`; a root begun with another one is refused."""
 MAX_TRIALS = 256
 """Workers that one shard may cost while the rows that end them are looked for; each row costs about 14."""
@@ -95,7 +97,8 @@ def run(
         slots = book.slots(names, is_whole)
         todo = [(shard, slot.name) for shard, slot in zip(open_, slots, strict=True) if slot.record is None]
         if todo:
-            with pool.team(partial(Embedder, spec, folder, root, types), on_progress, gpus=True) as team:
+            setup = partial(Embedder, spec, folder, root, types)
+            with pool.team(setup, on_progress, gpus=True, lookahead=LOOKAHEAD) as team:
                 standing = standing or _begin(spec, team.call(Resolve(shards[0])), fixed, root)
                 _embed(todo, Facts(**standing["facts"]), team)
             slots = book.slots(names)
@@ -155,7 +158,11 @@ def _is_whole(root: Root, record: Record) -> bool:
 def _begin(spec: JobSpec, facts: Facts, fixed: Mapping[str, Any], root: Root) -> Record:
     """Check what the first worker resolved and write down what the root is begun with."""
     check_dims(spec, facts.full_dim)
-    log.info("embed model=%s dim=%d precision=%s probe=%s", facts.name, facts.full_dim, facts.precision, facts.probe)
+    log.info(
+        "embed model=%s dim=%d backend=%s precision=%s attention=%s tokenizer=%s batch_tokens=%d probe=%s",
+        facts.name, facts.full_dim, facts.backend, facts.precision, facts.attention, facts.tokenizer,
+        facts.batch_tokens, facts.probe,
+    )  # fmt: skip
     begun = {**fixed, **_resolved_fields(facts), "asked": _asked(spec), "facts": asdict(facts)}
     return ledger.begin(root, begun)
 
@@ -252,6 +259,7 @@ def _resolved_fields(facts: Facts) -> dict[str, Any]:
     return {
         "model.backend": facts.backend,
         "model.precision": facts.precision,
+        "model.attention": facts.attention,
         "model.max_tokens": facts.max_tokens,
         "model.batch_tokens": facts.batch_tokens,
         "model.prompts.document": facts.prompts["document"],
@@ -306,7 +314,7 @@ def _sealed(groups: Sequence[Group], merged: Mapping[str, Record], done: Mapping
         "digest": combined_digest([record["digest"] for record in records]),
         "quarantined": dict(_reasons(records)),
         "repaired": sum(record["repaired"] for record in records),
-        "seconds": round(sum(record["seconds"] for record in records), 3),
+        **{name: round(sum(record[name] for record in records), 3) for name in METERS},
         "peak_memory_bytes": max(record["peak_memory_bytes"] for record in records),
         **{name: sum(record[name] for record in records) for name in COUNTERS},
         **{name: round(sum(piece.get(name, 0) for piece in pieces), 3) for name in merge.COUNTERS},

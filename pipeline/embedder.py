@@ -4,19 +4,25 @@ The model is loaded once. What was resolved on the first worker (`Facts`) holds 
 """
 
 import io
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import rows, store
-from pipeline.encoders.batches import Encoded, encode_rows
+from pipeline.encoders import choose, meters
+from pipeline.encoders.batches import Encoded, Encoder, Prepared, encode, encode_rows, prepare
+from pipeline.encoders.choose import Choice
 from pipeline.encoders.models import ModelFolder
-from pipeline.encoders.sentence import SentenceEncoder, TorchPrecision
+from pipeline.encoders.sentence import SentenceEncoder
+from pipeline.encoders.tokens import PLAIN
 from pipeline.errors import DataError
 from pipeline.ledger import Ledger, Record
 from pipeline.sources import Reader, Shard
@@ -25,30 +31,44 @@ from pipeline.storage import Root
 from pipeline.tables import DOCUMENTS, TableInfo, documents_schema, logical_digest, vector_array
 from pipeline.workers import Progress, give_back_memory, peak_memory_bytes
 
-PROBE_ROWS = 96
-BATCH_TOKENS = {"cpu": 4_096, "cuda": 65_536}
+BATCH_TOKENS = {"cpu": 2_048, "cuda": 65_536}
 """Tokens per batch, padding included (measured: cpu on two Zen 4 cores with MiniLM; cuda assumed)."""
+STATIC_TOKENS = 262_144
+"""The same where nothing is padded."""
+SAMPLED_TEXTS = 4_096
+"""Texts from which a probe and a calibration take theirs, at least."""
+LOOKAHEAD = 3
+"""Shards that a worker has in hand: one is read and tokenized, one embedded, one written."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What was resolved once, on a worker, and holds for the whole job."""
+    """What was resolved once, on a worker, and holds for the whole job.
+
+    `graph`: sha256 of kept files that are the model for an engine. `flops`: operations per token and per squared
+    token; `peak_flops`: what the machine of the first worker reaches in a matrix product, per second and worker.
+    """
 
     name: str
     revision: str | None
     digest: str
     full_dim: int
     backend: str
-    precision: TorchPrecision
+    precision: str
     max_tokens: int | None
     batch_tokens: int
     prompts: Mapping[str, str]
     probe: Mapping[str, Any]
+    attention: str = "padded"
+    tokenizer: str = PLAIN
+    graph: Sequence[str] | None = None
+    flops: Sequence[float] = (0.0, 0.0)
+    peak_flops: float = 0.0
 
 
 @dataclass(frozen=True)
 class Resolve:
-    """Ask a worker for the facts, with the first rows of this shard as the probe."""
+    """Ask a worker for the facts, with rows of this shard as the probe."""
 
     shard: Shard
     name: str = "probe"
@@ -79,61 +99,119 @@ class Trial:
         return f"{self.shard.name}[{self.start}:{self.stop}]"
 
 
+Result = TypeVar("Result")
+
+
+class _Stage:
+    """A thread of its own, so that libraries keep one set of threads for it; what it is given is done in order."""
+
+    def __init__(self, name: str) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._free = 0.0
+
+    def __call__(self, work: Callable[..., Result], *values: Any, since: float = 0.0) -> "tuple[Result, float]":
+        """The result, and how long the thread had stood idle before it began; `since` when the work was on its way."""
+        return self._thread.submit(self._run, work, values, since).result()
+
+    def _run(self, work: Callable[..., Result], values: Sequence[Any], since: float) -> "tuple[Result, float]":
+        idle = time.perf_counter() - max(self._free, since)
+        try:
+            return work(*values), idle
+        finally:
+            self._free = time.perf_counter()
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A shard's rows, clean, and their tokens."""
+
+    batches: Sequence[rows.Rows]
+    prepared: Prepared
+    seconds: float
+
+
 class Embedder:
-    """Holds one model on one device and turns shards of text into fragments of vectors."""
+    """Holds one model on one device and turns shards of text into fragments of vectors.
+
+    Several threads may call it at once: each shard passes through the same three stages, each of which has one at a
+    time, so that the device computes while the next shard is read and the last one is written.
+    """
 
     def __init__(
         self, spec: JobSpec, folder: ModelFolder, root: Root, types: Mapping[str, pa.DataType], threads: int
     ) -> None:
         """Load the model."""
         self.progress = Progress()
-        self._spec, self._folder, self._root, self._types = spec, folder, root, types
+        self._spec, self._folder, self._root, self._types, self._threads = spec, folder, root, types, threads
         self._reader = Reader(rows.columns(spec.corpus))
-        self.encoder = SentenceEncoder(folder, spec.model.max_tokens, None, threads)
+        self._reading, self._device, self._writing = (_Stage(name) for name in ("read", "device", "write"))
+        self.base, _ = self._device(SentenceEncoder, folder, spec.model.max_tokens, None, threads)
+        self._encoder: Encoder | None = None
+        self._lock = threading.Lock()
 
     def __call__(self, item: Resolve | Work | Trial) -> Any:
         """The facts, the record of a shard, or how many texts it has."""
         if isinstance(item, Resolve):
-            return self._resolve(item.shard)
+            return self._device(self._resolve, item.shard)[0]
         return self._try(item) if isinstance(item, Trial) else self._work(item)
 
+    def encoder(self, facts: Facts) -> Encoder:
+        """The model as the facts say."""
+        with self._lock:
+            made = self._encoder or self._device(self._built, facts)[0]
+            self._encoder = made
+            return made
+
+    def _built(self, facts: Facts) -> Encoder:
+        choice = Choice(facts.backend, facts.precision, facts.attention)  # type: ignore[arg-type]
+        graph = None if facts.graph is None else (self._root.kept(facts.graph[0]), self._root.kept(facts.graph[1]))
+        encoder = choose.build(self.base, choice, facts.prompts["document"], graph)
+        if facts.tokenizer == PLAIN and encoder.tokenizer is not None:
+            encoder.tokenizer = encoder.tokenizer.plainly()
+        return encoder
+
     def _resolve(self, shard: Shard) -> Facts:
-        model, encoder = self._spec.model, self.encoder
+        model, base = self._spec.model, self.base
         prompts = {
-            "document": encoder.prompts["document"] if model.prompts.document is None else model.prompts.document,
-            "query": encoder.prompts["query"] if model.prompts.query is None else model.prompts.query,
+            "document": base.prompts["document"] if model.prompts.document is None else model.prompts.document,
+            "query": base.prompts["query"] if model.prompts.query is None else model.prompts.query,
         }
-        budget = (
-            BATCH_TOKENS.get(encoder.device.split(":")[0], 4_096)
-            if model.batch_tokens == "auto"
-            else model.batch_tokens
-        )
-        probe: dict[str, Any] = {}
-        if model.precision != "auto":
-            encoder.use(model.precision)
-        else:
-            probe = encoder.probe(self._first_texts(shard), prompts["document"], budget, model.min_cosine)
+        budget = BATCH_TOKENS.get(base.device.split(":")[0], 4_096)
+        if model.batch_tokens != "auto":
+            budget = model.batch_tokens
+        texts = self._some_texts(shard)
+        chosen = choose.choose(base, model, texts, prompts["document"], budget)
+        encoder = self._encoder = chosen.encoder
+        if encoder.tokenizer is not None:
+            encoder.tokenizer = encoder.tokenizer.agreeing(texts)
+        flops = encoder.flops()
+        if model.batch_tokens == "auto" and not encoder.pads and not any(flops):
+            budget = STATIC_TOKENS
         return Facts(
             name=self._folder.name,
             revision=self._folder.revision,
             digest=self._folder.digest,
             full_dim=encoder.dim,
-            backend=encoder.backend,
-            precision=encoder.precision,
+            **asdict(chosen.choice),
+            tokenizer="transformers" if encoder.tokenizer is None else encoder.tokenizer.name,
             max_tokens=encoder.max_tokens,
             batch_tokens=budget,
             prompts=prompts,
-            probe=probe,
+            probe=chosen.figures,
+            graph=None if chosen.graph is None else [self._root.keep(part) for part in chosen.graph],
+            flops=flops,
+            peak_flops=meters.peak_flops(base.device, chosen.choice.precision) if any(flops) else 0.0,
         )
 
-    def _first_texts(self, shard: Shard) -> list[str]:
+    def _some_texts(self, shard: Shard) -> list[str]:
+        """Texts of the shard's beginning in random order."""
         texts: list[str] = []
         for part in self._read(shard):
             texts += part.texts
-            if len(texts) >= PROBE_ROWS:
+            if len(texts) >= SAMPLED_TEXTS:
                 break
         self._reader = Reader(rows.columns(self._spec.corpus))
-        return texts[:PROBE_ROWS]
+        return [texts[at] for at in np.random.default_rng(self._spec.seed).permutation(len(texts))]
 
     def _read(self, shard: Shard) -> Iterator[rows.Rows]:
         for part in shard.parts:
@@ -149,18 +227,31 @@ class Embedder:
         return book.add(work.name, self._embed(work)) if standing is None else standing
 
     def _try(self, trial: Trial) -> int:
-        self.encoder.use(trial.facts.precision)
+        facts, encoder = trial.facts, self.encoder(trial.facts)
         texts = [text for batch in self._read(trial.shard) for text in batch.texts]
-        self._encode(texts[trial.start : trial.stop] or ["a"], trial.facts)
+        some = texts[trial.start : trial.stop] or ["a"]
+        self._device(encode_rows, encoder, some, "document", facts.prompts["document"], facts.batch_tokens)
         return len(texts)
 
-    def _encode(self, texts: Sequence[str], facts: Facts) -> Encoded:
-        return encode_rows(self.encoder, texts, "document", facts.prompts["document"], facts.batch_tokens, self._count)
-
     def _embed(self, work: Work) -> Record:
-        shard, facts = work.shard, work.facts
-        self.encoder.use(facts.precision)
-        start = time.perf_counter()
+        facts, encoder, start = work.facts, self.encoder(work.facts), time.perf_counter()
+        read, _ = self._reading(self._tokens, work, encoder)
+        encoded, waited = self._device(
+            encode, encoder, read.prepared, "document", facts.prompts["document"], facts.batch_tokens,
+            self._count, self._spec.embed.vectors, since=start,
+        )  # fmt: skip
+        record, _ = self._writing(self._written, work, read, encoded)
+        return record | {
+            "seconds": round(time.perf_counter() - start, 3),
+            "read_seconds": round(read.seconds, 3),
+            "tokenize_seconds": round(read.prepared.seconds, 3),
+            "waiting_seconds": round(waited, 3),
+            "forward_seconds": round(encoded.forward_seconds, 3),
+            "batch_tokens": encoded.batch_tokens,
+        }
+
+    def _tokens(self, work: Work, encoder: Encoder) -> _Read:
+        start, shard = time.perf_counter(), work.shard
         batches = list(self._read(shard))
         seen = sum(len(batch.ids) + len(batch.rejected) for batch in batches)
         if seen != shard.rows:
@@ -172,24 +263,28 @@ class Embedder:
             here = {at - places: why for at, why in work.poison.items() if 0 <= at - places < len(batch.ids)}
             places += len(batch.ids)
             batch.set_aside(here, "model_error")
-        encoded = self._encode([text for batch in batches for text in batch.texts], facts)
-        table, rejected = self._tables(shard, batches, encoded, facts)
-        schema = documents_info(facts, self._spec).to_schema(table.schema)
+        seconds = time.perf_counter() - start
+        texts = [text for batch in batches for text in batch.texts]
+        return _Read(batches, prepare(encoder, texts, work.facts.prompts["document"]), seconds)
+
+    def _written(self, work: Work, read: _Read, encoded: Encoded) -> Record:
+        start, shard = time.perf_counter(), work.shard
+        table, rejected = self._tables(shard, read.batches, encoded, work.facts)
+        schema = documents_info(work.facts, self._spec).to_schema(table.schema)
         written = store.write_fragments(self._root, DOCUMENTS, table, schema, f"embed/{work.name}")
         record = {
             "shard": shard.number,
             "rows": table.num_rows,
             "set_aside": rejected,
             "quarantined": dict(Counter(row["reason"] for row in rejected)),
-            "repaired": sum(batch.repaired for batch in batches),
+            "repaired": sum(batch.repaired for batch in read.batches),
             **written.to_json(),
             "digest": logical_digest(table),
-            "seconds": round(time.perf_counter() - start, 3),
             "peak_memory_bytes": peak_memory_bytes(),
             **{name: getattr(encoded, name) for name in COUNTERS},
         }
         give_back_memory()
-        return record
+        return record | {"write_seconds": round(time.perf_counter() - start, 3)}
 
     def _count(self, rows: int, tokens: int) -> None:
         self.progress = Progress(self.progress.rows + rows, self.progress.tokens + tokens)
@@ -208,7 +303,7 @@ class Embedder:
             if corpus.keep_text
             else None,
             "text_digest": pa.array([one for batch in batches for one in batch.digests], pa.binary(16)),
-            "vector": vector_array(encoded.vectors.astype(self._spec.embed.vectors)),
+            "vector": vector_array(encoded.vectors),
         }
         for name in [*corpus.keep, *corpus.filter]:
             columns[name] = pa.chunked_array([batch.extras[name] for batch in batches], schema.field(name).type)
@@ -226,7 +321,11 @@ class Embedder:
         return table, sorted(aside, key=lambda one: one["row"])
 
 
-COUNTERS = ("tokens", "padded_tokens", "cut_rows", "cut_tokens", "halvings", "renormalised")
+COUNTERS = (
+    "tokens", "squared_tokens", "padded_tokens", "cut_rows", "cut_tokens", "halvings", "renormalised", "repeats",
+)  # fmt: skip
+METERS = ("read_seconds", "tokenize_seconds", "waiting_seconds", "forward_seconds", "write_seconds", "seconds")
+"""Seconds of a shard: those of the stages overlap; `waiting` is the device's, for tokens."""
 
 
 def _aside(shard: Shard, batch: rows.Rows, offset: int, name: str | None, reason: str, detail: str) -> Record:

@@ -20,7 +20,7 @@ from pipeline import (
     probe,
     queries,
 )
-from pipeline.embedder import PROBE_ROWS, Embedder, Facts, Resolve
+from pipeline.embedder import Embedder, Facts, Resolve
 from pipeline.encoders import models
 from pipeline.encoders.batches import Role, encode_rows
 from pipeline.errors import SpecError
@@ -47,6 +47,8 @@ EMBED_SECONDS = 10.0
 """After the first 256 rows, embedding stops about here."""
 FIRST_ROWS = probe.MIN_ROWS
 QUERIES = 200
+PROBED_ROWS = 256
+"""Rows of the corpus' beginning on which the backend is chosen."""
 
 
 def check(spec: JobSpec) -> tuple[list[SourceFile], models.ModelFolder]:
@@ -88,17 +90,19 @@ def run(spec: JobSpec, price: float | None = None) -> Plan:
 def _embedded(spec: JobSpec, folder: models.ModelFolder, files: Sequence[SourceFile], texts: Sequence[str]) -> Embedded:
     """Seeded texts through the model, resolved on the corpus' first rows as the job does it."""
     bare = spec.model_copy(update={"corpus": spec.corpus.model_copy(update={"keep": (), "filter": ()})})
-    worker = Embedder(bare, folder, Root(Path(spec.root)), {}, len(os.sched_getaffinity(0)))
-    first = tuple(Part(file, 0, PROBE_ROWS, 0) for file in files[:PROBE_ROWS])
-    facts: Facts = worker(Resolve(Shard(0, 0, PROBE_ROWS, first)))
+    first = tuple(Part(file, 0, PROBED_ROWS, 0) for file in files[:PROBED_ROWS])
+    with tempfile.TemporaryDirectory(prefix="matryoshka-plan-") as scratch:  # for a quantized model
+        worker = Embedder(bare, folder, Root(Path(scratch)), {}, len(os.sched_getaffinity(0)))
+        facts: Facts = worker(Resolve(Shard(0, 0, PROBED_ROWS, first)))
     embed.check_dims(spec, facts.full_dim)
-    encoder = worker.encoder
+    encoder = worker.encoder(facts)
 
     def encode(some: Sequence[str], role: Role) -> tuple[Matrix, dict[int, tuple[str, str]]]:
-        out = encode_rows(encoder, some, role, facts.prompts[role], facts.batch_tokens)
+        by = worker.base if role == "query" else encoder  # as searches do
+        out = encode_rows(by, some, role, facts.prompts[role], facts.batch_tokens)
         return np.delete(out.vectors, list(out.failed), axis=0), out.failed
 
-    tokens = encoder.count_tokens(texts, facts.prompts["document"])
+    tokens = encoder.tokenize(texts, facts.prompts["document"]).counts
     mixed = [texts[at] for at in np.random.default_rng(spec.seed).permutation(len(texts))]
     done, rows, seconds = [], 0, 0.0
     reasons: Counter[str] = Counter()
@@ -111,7 +115,7 @@ def _embedded(spec: JobSpec, folder: models.ModelFolder, files: Sequence[SourceF
         done.append(vectors)
         reasons.update(reason for reason, _ in failed.values())
     asked = _asked(spec, lambda some: encode(some, "query")[0])
-    return Embedded(facts, encoder.device, tokens, np.concatenate(done), asked, rows, seconds, dict(reasons))
+    return Embedded(facts, worker.base.device, tokens, np.concatenate(done), asked, rows, seconds, dict(reasons))
 
 
 def _asked(spec: JobSpec, encode: Callable[[Sequence[str]], Matrix]) -> Matrix | None:

@@ -13,6 +13,7 @@ import polars as pl
 import yaml
 
 from pipeline import ledger, plots, querylog
+from pipeline.encoders import meters
 from pipeline.errors import StaleError
 from pipeline.html import Example, Grid, Hit, Page, Section, grid, render
 from pipeline.metrics import METRICS
@@ -26,6 +27,15 @@ WARN_CLIPPED = 0.001
 MAX_DETAILS = 20
 """Quarantined rows shown one by one."""
 BOUNDS = ("low", "high")
+SECONDS = {
+    "read_seconds": "reading and cleaning (beside forward)",
+    "tokenize_seconds": "tokenizing (beside forward)",
+    "waiting_seconds": "device waiting for tokens",
+    "forward_seconds": "forward",
+    "write_seconds": "writing (beside forward)",
+    "merge_seconds": "joining shards to few fragments",
+}
+"""Where the time of embedding goes, summed over workers."""
 
 
 @dataclass(frozen=True)
@@ -249,34 +259,36 @@ def _variance(facts: Facts) -> Section | None:
 
 def _throughput(facts: Facts) -> Section:
     seconds, embed = facts.generation["seconds"], facts.generation["embed"]
-    rows = facts.generation["corpus"]["rows"]
     stages = [name for name in ("corpus", "embed", "fit", "derive", "index", "evaluate") if name in seconds]
     numbers = pl.DataFrame(
         {"what": stages, "value": [float(seconds[name]) for name in stages]},
         schema={"what": pl.String(), "value": pl.Float64()},
     )
     source = "Wall-clock seconds of the longest run of each stage; a resumed run counts its own part only."
-    spent, padded = embed["seconds"], embed["padded_tokens"]
+    model = facts.generation["model"]
+    speed = meters.speed(embed, model["flops"], model["peak_flops"])
     facts_of = [
-        ("rows per second and worker", _rate(rows, spent)),
-        ("tokens per second and worker", _rate(embed["tokens"], spent)),
+        ("backend", f"{model['backend']}, {model['precision']}, {model['attention']}, ids by {model['tokenizer']}"),
+        ("tokens per second and worker, in forward", f"{speed.tokens_per_second:,.0f}"),
+        (
+            "share of the measured matrix rate used (MFU)",
+            "–" if speed.utilisation is None else f"{speed.utilisation:.1%}",
+        ),
+        ("matrix rate, GFLOP/s", f"{model['peak_flops'] / 1e9:,.0f}" if model["peak_flops"] else "–"),
+        ("padding, share of what the model was given", f"{speed.padding:.2%}"),
+        ("waiting for tokens, share of the device's time", f"{speed.waiting:.2%}"),
         ("tokens", f"{embed['tokens']:,}"),
-        ("padding, share of what the model was given", f"{1 - embed['tokens'] / padded:.1%}" if padded else "–"),
+        ("texts that an earlier row of the shard had", f"{embed['repeats']:,}"),
         ("documents cut at max_tokens", f"{embed['cut_rows']:,}"),
         ("tokens cut off", f"{embed['cut_tokens']:,}"),
         ("batches halved for memory", f"{embed['halvings']:,}"),
-        ("seconds, summed over workers", f"{spent:,.1f}"),
-        ("seconds, joining shards to few fragments", f"{embed.get('merge_seconds', 0.0):,.1f}"),
+        *((f"seconds, {what}", f"{embed.get(name, 0.0):,.1f}") for name, what in SECONDS.items()),
         ("written again to join them", _mb(embed.get("merged_bytes", 0))),
         ("peak memory of a worker", _mb(embed["peak_memory_bytes"])),
     ]
     grids = [Grid("The embed stage, counted by its workers", [("", False), ("measured", True)], facts_of)]
     drawn = [plots.bars(numbers, "seconds", "Time per stage", "seconds", source)]
     return Section("throughput", "Throughput", (), (), drawn, grids)
-
-
-def _rate(count: int, seconds: float) -> str:
-    return f"{count / seconds:,.0f}" if seconds else "–"
 
 
 def _sizes(facts: Facts) -> Section:

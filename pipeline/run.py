@@ -37,8 +37,8 @@ from pipeline import (
     storage,
     store,
 )
-from pipeline.embedder import COUNTERS
-from pipeline.encoders import models
+from pipeline.embedder import COUNTERS, METERS
+from pipeline.encoders import meters, models
 from pipeline.encoders.queries import QueryEncoder
 from pipeline.errors import DamageError, PipelineError, SpecError
 from pipeline.search import Index
@@ -144,18 +144,7 @@ class _Run:
             )
             exported = export.run(parent, root, self.pool) if spec.embed.parquet else {}
         counters = full.counters
-        log.info(
-            "embed rows=%d tokens=%d cut_rows=%d cut_tokens=%d merge_seconds=%.1f merged_mb=%d peak_worker_mb=%d "
-            "peak_driver_mb=%d",
-            full.rows,
-            counters["tokens"],
-            counters["cut_rows"],
-            counters["cut_tokens"],
-            counters["merge_seconds"],
-            counters["merged_bytes"] / 1e6,
-            counters["peak_memory_bytes"] / 1e6,
-            peak_memory_bytes() / 1e6,
-        )
+        log.info("embed rows=%d %s peak_driver_mb=%d", full.rows, _told(full), peak_memory_bytes() / 1e6)
         if counters["renormalised"]:
             log.warning(
                 "embed %d vectors were not of length 1 and are now; dot-product scores are lost",
@@ -281,7 +270,7 @@ class _Run:
         self.data_files = {DOCUMENTS: full.files, PARAMETERS: fits.record["files"]}
         self.data_files |= {table.name: table.files for table in derived}
         facts = full.facts
-        counters = {name: full.counters[name] for name in (*COUNTERS, *merge.COUNTERS, "seconds", "peak_memory_bytes")}
+        counters = {name: full.counters[name] for name in (*COUNTERS, *METERS, *merge.COUNTERS, "peak_memory_bytes")}
         return {
             "format": FORMAT,
             "spec": self.spec.model_dump(mode="json"),
@@ -294,8 +283,10 @@ class _Run:
             },
             "model": {
                 "name": facts.name, "revision": facts.revision, "digest": facts.digest, "full_dim": facts.full_dim,
-                "backend": facts.backend, "precision": facts.precision, "max_tokens": facts.max_tokens,
-                "batch_tokens": facts.batch_tokens, "prompts": dict(facts.prompts), "probe": dict(facts.probe),
+                "backend": facts.backend, "precision": facts.precision, "attention": facts.attention,
+                "tokenizer": facts.tokenizer, "max_tokens": facts.max_tokens, "batch_tokens": facts.batch_tokens,
+                "prompts": dict(facts.prompts), "probe": dict(facts.probe), "flops": list(facts.flops),
+                "peak_flops": facts.peak_flops,
             },
             "embed": counters,
             "transform": dict(fits.decision),
@@ -370,6 +361,20 @@ class _Run:
         search = [chosen[name] for name in ("cascade", "stop", "confidence")]
         basis = [tables, search, settings.k, list(settings.shortlists), files, self.spec.seed, FORMAT]
         return hashlib.sha256(storage.to_json(basis)).hexdigest()
+
+
+def _told(full: embed.Full) -> str:
+    """The embed stage in one line of the log."""
+    counted = full.counters
+    speed = meters.speed(counted, full.facts.flops, full.facts.peak_flops)
+    used = "" if speed.utilisation is None else f" mfu={speed.utilisation:.2f}"
+    spent = " ".join(f"{name}={counted[name]:.1f}" for name in METERS)
+    return (
+        f"tokens={counted['tokens']} tokens_per_second={speed.tokens_per_second:.0f}{used} padding={speed.padding:.4f} "
+        f"waiting={speed.waiting:.4f} repeats={counted['repeats']} cut_rows={counted['cut_rows']} "
+        f"cut_tokens={counted['cut_tokens']} {spent} merge_seconds={counted['merge_seconds']:.1f} "
+        f"merged_mb={counted['merged_bytes'] / 1e6:.0f} peak_worker_mb={counted['peak_memory_bytes'] / 1e6:.0f}"
+    )
 
 
 def _measured(generation: Mapping[str, Any]) -> list[str]:

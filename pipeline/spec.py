@@ -86,15 +86,25 @@ class Model(Section):
 
     name: str = Field(min_length=1, description="a local folder, the packaged offline model, or a hub id")
     revision: Word | None = Field(None, description="required for a hub id: a commit, so that it cannot move")
-    backend: Literal["auto", "torch"] = "auto"
-    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto probes this machine")
-    min_cosine: float = Field(0.9999, ge=0, le=1, description="what `auto` may lose against float32")
+    backend: Literal["auto", "torch", "openvino"] = Field("auto", description="auto probes this machine")
+    precision: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
+        "auto", description="auto probes this machine; int8 needs openvino"
+    )
+    min_cosine: float = Field(0.9999, ge=0, le=1, description="what `auto` may lose against float32, as a mean")
     max_tokens: int | None = Field(None, ge=1, description="null: the model's own limit")
     batch_tokens: Auto | Annotated[int, Field(ge=1)] = Field("auto", description="tokens per batch, padding included")
     prompts: Prompts = Prompts()
     matryoshka_dims: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
         None, description="what the model was trained for; null: its config"
     )
+
+    @model_validator(mode="after")
+    def _engines_have_their_precisions(self) -> Self:
+        if self.backend == "torch" and self.precision == "int8":
+            raise ValueError("precision int8 is for backend: openvino, or auto")
+        if self.backend == "openvino" and self.precision == "float16":
+            raise ValueError("precision float16 is for backend: torch, on a GPU")
+        return self
 
 
 class Embed(Section):

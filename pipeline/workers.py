@@ -14,7 +14,7 @@ import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType, TracebackType
@@ -71,11 +71,13 @@ class _Worker:
     def __init__(self, setup: bytes, threads: int) -> None:
         self._setup, self._threads = setup, threads
         self._handler: Handler | None = None
+        self._lock = threading.Lock()
 
     def run(self, item: Any) -> Any:
-        if self._handler is None:
-            setup: Setup = pickle.loads(self._setup)  # noqa: S301 - made by this job's driver
-            self._handler = setup(self._threads)
+        with self._lock:
+            if self._handler is None:
+                setup: Setup = pickle.loads(self._setup)  # noqa: S301 - made by this job's driver
+                self._handler = setup(self._threads)
         return self._handler(item)
 
     def progress(self) -> Progress:
@@ -168,15 +170,20 @@ class Pool:
         return plan(self._settings, int(resources.get("CPU", 1)), int(resources.get("GPU", 0)))
 
     @contextmanager
-    def team(self, setup: Setup, on_progress: OnProgress | None = None, gpus: bool = False) -> "Iterator[Team]":
-        """Workers with one handler each; `gpus`: they need the GPUs of the plan. StaleError where closed."""
+    def team(
+        self, setup: Setup, on_progress: OnProgress | None = None, gpus: bool = False, lookahead: int = 1
+    ) -> "Iterator[Team]":
+        """Workers with one handler each; `gpus`: they need the GPUs of the plan. StaleError where closed.
+
+        `lookahead`: items that a handler is given at once, on threads; in this process it is one.
+        """
         if self.closed:
             raise StaleError(self.closed)
         plan = self.plan
         if self._ray is None:
             yield LocalTeam(setup, plan, on_progress)
             return
-        team = RayTeam(self._ray, setup, plan, on_progress, plan.gpus if gpus else 0)
+        team = RayTeam(self._ray, setup, plan, on_progress, plan.gpus if gpus else 0, lookahead)
         try:
             yield team
         finally:
@@ -239,14 +246,29 @@ class LocalTeam(Team):
             yield result
 
 
-class RayTeam(Team):
-    """Ray actors, one item in flight on each."""
+@dataclass(frozen=True)
+class _Task:
+    """An item on a worker, for the `number`th time."""
 
-    def __init__(self, ray: ModuleType, setup: Setup, plan: Plan, on_progress: OnProgress | None, gpus: float) -> None:
-        self._ray, self._plan, self._on_progress = ray, plan, on_progress
+    actor: Any
+    item: Any
+    number: int
+
+
+class RayTeam(Team):
+    """Ray actors, up to `lookahead` items in flight on each.
+
+    An item whose worker died is tried again alone, so that no neighbour is blamed for what it does.
+    """
+
+    def __init__(
+        self, ray: ModuleType, setup: Setup, plan: Plan, on_progress: OnProgress | None, gpus: float, lookahead: int
+    ) -> None:
+        self._ray, self._plan, self._on_progress, self._lookahead = ray, plan, on_progress, lookahead
         self._setup: bytes = ray.cloudpickle.dumps(setup)
-        # Two calls at once: the item, and questions about its progress.
-        self._remote = ray.remote(num_cpus=plan.threads, num_gpus=gpus, max_restarts=0, max_concurrency=2)(_Worker)
+        # One call more: questions about its progress.
+        options = {"num_cpus": plan.threads, "num_gpus": gpus, "max_restarts": 0, "max_concurrency": lookahead + 1}
+        self._remote = ray.remote(**options)(_Worker)
         self._actors: list[Any] = []
 
     def close(self) -> None:
@@ -259,33 +281,47 @@ class RayTeam(Team):
         """Do every item; results as they come."""
         waiting = deque((item, 1) for item in items)
         while len(self._actors) < min(self._plan.count, len(items)):
-            self._actors.append(self._remote.remote(self._setup, self._plan.threads))
-        idle, busy = deque(self._actors), dict[Any, tuple[Any, Any, int]]()
+            self._actors.append(self._new())
+        busy = dict[Any, _Task]()
         while waiting or busy:
-            while waiting and idle:
-                actor, (item, number) = idle.popleft(), waiting.popleft()
-                busy[actor.run.remote(item)] = (actor, item, number)
+            while waiting and (actor := self._free(busy.values(), alone=waiting[0][1] > 1)) is not None:
+                item, number = waiting.popleft()
+                busy[actor.run.remote(item)] = _Task(actor, item, number)
             for reference in self._ready(busy):
-                actor, item, number = busy.pop(reference)
+                task = busy.pop(reference)
                 try:
                     result = self._ray.get(reference)
                 except (self._ray.exceptions.RayTaskError, self._ray.exceptions.RayActorError) as error:
-                    cause = getattr(error, "cause", None)
-                    if isinstance(error, self._ray.exceptions.RayTaskError):
-                        if not isinstance(cause, DeviceLost):
-                            raise cause if isinstance(cause, PipelineError) else error from None
-                        self._ray.kill(actor)  # whose device answers nothing any more
-                    log.warning("worker died try=%d item=%s", number, _called(item))
-                    self._actors.remove(actor)
-                    self._actors.append(self._remote.remote(self._setup, self._plan.threads))
-                    idle.append(self._actors[-1])
-                    if number < tries:
-                        waiting.appendleft((item, number + 1))
+                    self._bury(task, error)
+                    if task.number < tries:
+                        waiting.appendleft((task.item, task.number + 1))
                         continue
-                    result = Died(item, number, _reason(error))
-                else:
-                    idle.append(actor)
+                    result = Died(task.item, task.number, _reason(error))
                 yield result
+
+    def _new(self) -> Any:
+        return self._remote.remote(self._setup, self._plan.threads)
+
+    def _free(self, busy: Iterable[_Task], alone: bool) -> Any:
+        """The worker with the least to do that may have an item more."""
+        loads = {actor: 0 for actor in self._actors}
+        for task in busy:
+            if task.actor in loads:
+                loads[task.actor] += self._lookahead if task.number > 1 else 1
+        actor = min(self._actors, key=lambda one: loads[one])
+        return actor if loads[actor] < (1 if alone else self._lookahead) else None
+
+    def _bury(self, task: _Task, error: Exception) -> None:
+        """Put another worker in the place of one that died; what is no death is raised."""
+        if isinstance(error, self._ray.exceptions.RayTaskError):
+            cause = getattr(error, "cause", None)
+            if not isinstance(cause, DeviceLost):
+                raise cause if isinstance(cause, PipelineError) else error from None
+            self._ray.kill(task.actor)  # whose device answers nothing any more
+        log.warning("worker died try=%d item=%s", task.number, _called(task.item))
+        if task.actor in self._actors:  # with several items it dies only once
+            self._actors.remove(task.actor)
+            self._actors.append(self._new())
 
     def _ready(self, busy: Mapping[Any, Any]) -> list[Any]:
         """Items that are finished; after a signal those at work get a while to end."""

@@ -49,8 +49,13 @@ ALLOWED = {
     "sentence_transformers": {"encoders"},
     "transformers": {"encoders"},
     "huggingface_hub": {"encoders"},
+    "openvino": {"encoders"},
+    "nncf": {"encoders"},
+    "nanotoken": {"encoders"},
 }
-LATE = {"ray", "faiss", "numkong", "torch", "sentence_transformers", "transformers", "huggingface_hub"}
+LATE = {"ray", "faiss", "numkong", "torch", "sentence_transformers", "transformers", "huggingface_hub"} | {
+    "openvino", "nncf", "nanotoken",
+}  # fmt: skip
 """Packages that may only be imported inside a function."""
 
 

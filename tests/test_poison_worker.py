@@ -12,12 +12,12 @@ import polars as pl
 import pytest
 from hypothesis import given, strategies as st
 
-from pipeline import embed, rows, run, verify
+from pipeline import embed, embedder, run, verify
 from pipeline.embedder import Embedder, Trial, Work
+from pipeline.encoders import tokens
 from pipeline.errors import PipelineError
-from pipeline.sources import Reader
 from pipeline.spec import Workers
-from pipeline.workers import MAX_TRIES, Died, Pool, Progress, Team
+from pipeline.workers import MAX_TRIES, Died, Pool, Team
 
 # The hunt, with workers that only say that they died
 
@@ -137,38 +137,37 @@ ROWS, SHARD_ROWS, FILE_ROWS, DIM = 9, 3, 4, 16
 class Light:
     """A model without torch, so that workers are quick to start: words to vectors, one after the other."""
 
-    dim, max_tokens, backend, precision, device = DIM, None, "torch", "float32", "cpu"
+    dim, max_tokens, device, pads, in_flight, tokenizer, threads = DIM, None, "cpu", True, 1, None, 1
+    has_transformer, model = False, [None]
     prompts = {"document": "", "query": ""}
 
-    def use(self, precision):
-        """There is one precision."""
+    def __init__(self, die_of):
+        self.die_of = die_of
 
-    def count_tokens(self, texts, prompt):
-        return np.array([len(text.split()) for text in texts], np.int64)
+    def flops(self):
+        return 0.0, 0.0
 
-    def encode(self, texts, role, prompt):
-        vectors = [sum(np.sin(np.arange(DIM) * (1 + int(word[1:]))) for word in text.split()) for text in texts]
+    def tokenize(self, texts, prompt):
+        return tokens.unread(np.array([len(text.split()) for text in texts], np.int64), None, texts)
+
+    def begin(self, tokens, role, prompt):
+        self.die_of(DEADLY, tokens.texts)
+        vectors = [sum(np.sin(np.arange(DIM) * (1 + int(word[1:]))) for word in text.split()) for text in tokens.texts]
         vectors = np.array(vectors, np.float32) + 0.01
-        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        return lambda: vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 class Mortal(Embedder):
     """The real thing with a light model, killed by certain words."""
 
     def __init__(self, spec, folder, root, types, threads):
-        self.progress = Progress()
-        self._spec, self._folder, self._root, self._types = spec, folder, root, types
-        self._reader = Reader(rows.columns(spec.corpus))
-        self.encoder = Light()
+        embedder.SentenceEncoder = lambda *given: Light(self._die_of)  # in a process of its own
+        super().__init__(spec, folder, root, types, threads)
 
     def _read(self, shard):
         for part in super()._read(shard):
             self._die_of(CURSED, part.texts)
             yield part
-
-    def _encode(self, texts, facts):
-        self._die_of(DEADLY, texts)
-        return super()._encode(texts, facts)
 
     def _die_of(self, word, texts):
         if any(word in text.split() for text in texts):
@@ -240,8 +239,9 @@ def test_rows_that_end_their_worker_are_set_aside(job, tmp_path):  # slow: twelv
     assert kept["row"].to_list() == [row for row in range(ROWS) if row not in (3, *deadly)]
     assert generation["corpus"]["reasons"] == {"null_text": 1, "model_error": 3}
     assert not verify.run(root).problems
-    # Each shard is tried three times, then halved: of two usable rows two trials die, of three four.
-    assert deaths(tmp_path) == 2 * MAX_TRIES + 2 + 4
+    # All three shards are on the worker when the first one dies of it; then each is tried alone, three times in all,
+    # and halved: of two usable rows two trials die, of three four.
+    assert deaths(tmp_path) == 2 * MAX_TRIES - 1 + 2 + 4
     before = deaths(tmp_path)
     assert run(job(str(tmp_path / "corpus")))["generation"] == 1
     assert deaths(tmp_path) == before

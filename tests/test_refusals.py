@@ -274,8 +274,8 @@ def test_every_field_has_an_entry():
     assert sorted(fields(JobSpec)) == sorted(ENTRIES)
 
 
-def test_every_backend_is_torch():
-    assert typing.get_args(Model.model_fields["backend"].annotation) == ("auto", "torch")
+def test_a_static_model_is_run_by_torch_alone():
+    assert typing.get_args(Model.model_fields["backend"].annotation) == ("auto", "torch", "openvino")
 
 
 @pytest.mark.parametrize("name", CHANGED)

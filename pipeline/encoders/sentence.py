@@ -1,49 +1,42 @@
-"""sentence-transformers models on torch: their own modules run as they are.
+"""sentence-transformers models on torch: their own modules run as they are, on ids that are ready.
 
-In bfloat16 only the transformer runs at half precision; pooling and what follows stay float32.
+At half precision only the transformer runs so; pooling and what follows stay float32.
 """
 
 import copy
-import logging
+import functools
 import os
-import time
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.encoders.batches import Role, plan
+from pipeline.encoders import tokens as tokens_
+from pipeline.encoders.batches import Ending, Role
 from pipeline.encoders.models import ModelFolder, folder_digest
+from pipeline.encoders.tokens import CHUNK, HUGE, TRIALS, Tokenizer, Tokens, head
 from pipeline.errors import DataError, SpecError
-from pipeline.vectors import Matrix, unit
 
-log = logging.getLogger(__name__)
-
-TorchPrecision = Literal["float32", "bfloat16"]
+TorchPrecision = Literal["float32", "bfloat16", "float16"]
+Attention = Literal["padded", "packed"]
 DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 """Names sentence-transformers itself tries for a document's prompt, in its order."""
-HUGE = 100_000
-"""Characters from which a text is read no further than it must be: 10 MB take a tokenizer 2 to 25 s and 0.5 to 5 GB
-(measured, by its kind)."""
-HEAD = 64
-"""Characters read of a huge text for each token of the limit (English has four); four times as many if they are few."""
-WORTH_IT = 1.15
-"""`auto` leaves float32 only for at least this speed-up, so that noise does not decide (assumed)."""
+CUDA_IN_FLIGHT = 3
+"""Batches on the way on CUDA: one computes while the next one's ids and the last one's vectors travel (assumed)."""
+BLOCK = re.compile(r"\.\d+\.")
+"""In the name of a weight: it belongs to a layer, so that every token meets it."""
 
 
 class SentenceEncoder:
     """A loaded sentence-transformers model on one device."""
 
-    backend = "torch"
-
     def __init__(self, folder: ModelFolder, max_tokens: int | None, device: str | None, threads: int | None) -> None:
-        """Load from files only. DataError where they are not those that were resolved."""
+        """Load from files only, in float32. DataError where they are not those that were resolved."""
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         import torch
-        from safetensors import SafetensorError
-        from sentence_transformers import SentenceTransformer
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.set_verbosity_error()
@@ -54,37 +47,32 @@ class SentenceEncoder:
             )
         if threads:
             torch.set_num_threads(threads)
-        self._torch = torch
+        self.folder, self._torch, self.threads = folder, torch, threads or torch.get_num_threads()
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            self._model: Any = SentenceTransformer(
-                folder.path,
-                device=self.device,
-                trust_remote_code=False,
-                local_files_only=True,
-                model_kwargs={"use_safetensors": True},
-            )
-        except SafetensorError as error:
-            raise DataError(f"cannot read the weights of {folder.name}: {error}; fetch the model again") from None
-        except (RuntimeError, MemoryError):  # of the device, not of the folder
-            raise
-        except Exception as error:  # whatever the libraries raise for files they cannot use
-            if getattr(error, "errno", None):
-                raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise SpecError(f"model.name: {folder.name} cannot be loaded: {reason}") from error
-        self._model.eval()
+        self.model = _loaded(folder, self.device)
         self.precision: TorchPrecision = "float32"
+        self.attention: Attention = "padded"
         self.max_tokens = self._limit(folder, max_tokens)
-        self.dim = int(self._model.get_embedding_dimension() or self._measured_dim())
-        stored = self._model.prompts or {}
+        self.tokenizer = self._own_tokenizer()
+        self.dim = int(self.model.get_embedding_dimension() or self._measured_dim())
+        stored = self.model.prompts or {}
         self.prompts: dict[str, str] = {
             "document": next((stored[name] for name in DOCUMENT_PROMPTS if stored.get(name)), ""),
             "query": stored.get("query") or "",
         }
 
+    @property
+    def pads(self) -> bool:
+        """Whether a batch costs its longest text times its rows."""
+        return self.attention == "padded"
+
+    @property
+    def in_flight(self) -> int:
+        """Batches that may have begun before the first one is ended."""
+        return CUDA_IN_FLIGHT if self.device.startswith("cuda") else 1
+
     def _limit(self, folder: ModelFolder, wanted: int | None) -> int | None:
-        own = self._model.max_seq_length
+        own = self.model.max_seq_length
         limit = None if own is None or own == float("inf") else int(own)
         if wanted is None:
             return limit
@@ -94,74 +82,135 @@ class SentenceEncoder:
             )
         if limit is None:
             raise SpecError(f"model.max_tokens: {folder.name} reads texts of any length; leave max_tokens null")
-        self._model.max_seq_length = wanted
+        self.model.max_seq_length = wanted
         return wanted
 
+    def _own_tokenizer(self) -> Tokenizer | None:
+        """The model's fast tokenizer, where its first module is a transformer that reads texts."""
+        inner = getattr(getattr(self.model[0], "tokenizer", None), "_tokenizer", None)
+        if not self.has_transformer or inner is None:
+            return None
+        return Tokenizer.of(inner, special=True, limit=self.max_tokens, threads=self.threads)
+
     def _measured_dim(self) -> int:
-        return int(self._forward(["a"], "document", "").shape[1])
+        return int(self.begin(self._slow(["a"], ""), "document", "")().shape[1])
 
-    def count_tokens(self, texts: Sequence[str], prompt: str) -> NDArray[np.int64]:
-        """Tokens of each text with its prompt, before any cut."""
-        whole = [prompt + text for text in self._heads(texts, prompt)]
-        counts: list[int] = []
-        for start in range(0, len(whole), 1024):
-            counts += [len(one) for one in self._ids(whole[start : start + 1024])]
-        return np.array(counts, np.int64)
+    def flops(self) -> tuple[float, float]:
+        """Operations per token, and per token squared of each text: 2 · weights of the layers, 4 · width · layers.
 
-    def _ids(self, whole: Sequence[str]) -> list[list[int]]:
-        tokenizer = self._model.tokenizer
-        if hasattr(tokenizer, "encode_batch_fast"):  # a bare `tokenizers` one, as in static models
-            return [encoding.ids for encoding in tokenizer.encode_batch_fast(whole, add_special_tokens=False)]
-        ids = tokenizer(whole, verbose=False, return_attention_mask=False, return_token_type_ids=False)
-        return list(ids["input_ids"])
-
-    def _heads(self, texts: Sequence[str], prompt: str) -> list[str]:
-        """The texts; of huge ones as much as holds the first `max_tokens` tokens, which are all that is read."""
-        if self.max_tokens is None or getattr(self._model.tokenizer, "truncation_side", "right") != "right":
-            return list(texts)
-        return [self._head(text, prompt, self.max_tokens) if len(text) > HUGE else text for text in texts]
-
-    def _head(self, text: str, prompt: str, limit: int) -> str:
-        """A start of a text whose first tokens are the text's: a shorter start has the same ones.
-
-        Where none has tokens enough (one word of a megabyte) it is the whole text.
+        For BERT's shape the sum over a text of n tokens is 24·L·h²·n + 4·L·h·n². (0, 0) without a transformer.
         """
-        size = HEAD * limit
-        while size < len(text):
-            (short,) = self._ids([prompt + text[: size * 3 // 4]])
-            if len(short) >= 2 * limit and short[:limit] == self._ids([prompt + text[:size]])[0][:limit]:
-                return text[:size]
-            size *= 4
-        return text
+        config = getattr(getattr(self.model[0], "model", None), "config", None)
+        width, layers = (getattr(config, name, 0) or 0 for name in ("hidden_size", "num_hidden_layers"))
+        weights = sum(
+            weight.numel()
+            for name, weight in self.model[0].named_parameters()
+            if weight.dim() == 2 and BLOCK.search(name)
+        )
+        return (2.0 * weights, 4.0 * width * layers) if width and layers else (0.0, 0.0)
 
-    def encode(self, texts: Sequence[str], role: Role, prompt: str) -> Matrix:
-        """One batch through the model: float32[len(texts), dim]."""
-        heads = self._heads(texts, prompt)
-        return np.array(self._forward(heads, role, prompt).float().cpu().numpy(), dtype=np.float32)
+    def tokenize(self, texts: Sequence[str], prompt: str) -> Tokens:
+        """The ids of each text with its prompt."""
+        if self.tokenizer is not None and self._constants("document", prompt) is not None:
+            return self.tokenizer(texts, prompt)
+        return self._slow(texts, prompt)
 
-    def _forward(self, texts: Sequence[str], role: Role, prompt: str) -> Any:
-        from sentence_transformers.util import batch_to_device
+    def _slow(self, texts: Sequence[str], prompt: str) -> Tokens:
+        """For models that must read texts themselves: how many tokens each has."""
+        tokenizer = self.model.tokenizer
+        heads = list(texts)
+        if self.max_tokens is not None and getattr(tokenizer, "truncation_side", "right") == "right":
+            read = lambda text: _ids(tokenizer, [text])[0]  # noqa: E731
+            heads = [
+                head(prompt + text, read, self.max_tokens, len(prompt))[len(prompt) :] if len(text) > HUGE else text
+                for text in texts
+            ]
+        counts: list[int] = []
+        for start in range(0, len(heads), CHUNK):
+            whole = [prompt + text for text in heads[start : start + CHUNK]]
+            counts += [len(one) for one in _ids(tokenizer, whole)]
+        return tokens_.unread(np.array(counts, np.int64), self.max_tokens, heads)
 
-        with self._torch.inference_mode():
-            features = self._model.preprocess(list(texts), prompt=prompt or None, task=role)
-            return self._model(batch_to_device(features, self.device), task=role)["sentence_embedding"]
+    @functools.cache  # noqa: B019 - as long as the model itself
+    def _constants(self, role: Role, prompt: str) -> Mapping[str, Any] | None:
+        """What the model wants beside ids and mask; None where it makes other ids or tensors of a text than we do."""
+        assert self.tokenizer is not None
+        trials = [*TRIALS, "one two " * (self.max_tokens or 8)]
+        theirs = self.model.preprocess(trials, prompt=prompt or None, task=role)
+        ours = self._padded(self.tokenizer(trials, prompt))
+        tensors = {name: value for name, value in theirs.items() if isinstance(value, self._torch.Tensor)}
+        if set(tensors) - set(ours) or any(not self._torch.equal(tensors[name], ours[name]) for name in tensors):
+            return None
+        return {name: value for name, value in theirs.items() if name not in tensors} | {"": set(tensors)}
+
+    def _padded(self, tokens: Tokens) -> dict[str, Any]:
+        """The tensors of a batch of one width."""
+        tokenizer = self.model[0].tokenizer
+        ids, mask = tokens.padded(tokenizer.pad_token_id or 0, left=tokenizer.padding_side == "left")
+        made = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+        return {name: self._torch.from_numpy(array) for name, array in made.items()}
+
+    def features(self, tokens: Tokens, role: Role, prompt: str) -> dict[str, Any]:
+        """What the modules read, tensors still on the host."""
+        if tokens.texts is not None:
+            return dict(self.model.preprocess(list(tokens.texts), prompt=prompt or None, task=role))
+        constants = self._constants(role, prompt)
+        if constants is None:
+            raise DataError(f"the {role} prompt is read otherwise by this model than its document prompt")
+        return {name: value for name, value in self._padded(tokens).items() if name in constants[""]} | {
+            name: value for name, value in constants.items() if name
+        }
+
+    def begin(self, tokens: Tokens, role: Role, prompt: str) -> Ending:
+        """Start one batch; on CUDA it is under way when this returns."""
+        torch = self._torch
+        with torch.inference_mode():
+            features = {name: self._on_device(value) for name, value in self.features(tokens, role, prompt).items()}
+            vectors = self.model(features, task=role)["sentence_embedding"].float()
+            if vectors.device.type == "cpu":
+                array: NDArray[np.float32] = vectors.numpy()
+                return lambda: array
+            host = torch.empty(vectors.shape, dtype=torch.float32, pin_memory=True)
+            host.copy_(vectors, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
+
+        def ending() -> NDArray[np.float32]:
+            done.synchronize()
+            landed: NDArray[np.float32] = host.numpy()
+            return landed
+
+        return ending
+
+    def _on_device(self, value: Any) -> Any:
+        if not isinstance(value, self._torch.Tensor) or self.device == "cpu":
+            return value
+        return (value.pin_memory() if self.device.startswith("cuda") else value).to(self.device, non_blocking=True)
 
     @property
-    def has_half(self) -> bool:
-        """Whether a bfloat16 version exists: only transformers gain from one."""
-        return type(self._model[0]).__name__ == "Transformer"
+    def has_transformer(self) -> bool:
+        """Whether half precision or another engine gains anything: only transformers do."""
+        return type(self.model[0]).__name__ == "Transformer"
 
-    def use(self, precision: TorchPrecision) -> None:
-        """Switch to a precision; from bfloat16 there is no way back."""
-        if precision == self.precision:
-            return
-        if not self.has_half:
-            raise SpecError("model.precision: this model has no transformer to run in bfloat16; use float32 or auto")
-        self._model[0] = self._halved(self._model[0])
-        self.precision = precision
+    def variant(self, precision: TorchPrecision, attention: Attention = "padded") -> "SentenceEncoder":
+        """The same model otherwise, beside this one. SpecError where it has no transformer."""
+        if (precision, attention) == ("float32", "padded"):
+            return self
+        if not self.has_transformer:
+            raise SpecError(
+                f"model.precision: this model has no transformer to run in {precision}; use float32 or auto"
+            )
+        other = copy.copy(self)
+        other.model = copy.copy(self.model)
+        other.model._modules = dict(self.model._modules)
+        other.model[0] = self._halved(copy.deepcopy(self.model[0]), precision)
+        other.precision, other.attention = precision, attention
+        return other
 
-    def _halved(self, module: Any) -> Any:
-        module = module.to(self._torch.bfloat16)
+    def _halved(self, module: Any, precision: TorchPrecision) -> Any:
+        if precision == "float32":
+            return module
+        module = module.to(getattr(self._torch, precision))
         module.register_forward_hook(
             lambda _module, _inputs, out: {key: self._full(value) for key, value in out.items()}
         )
@@ -171,32 +220,33 @@ class SentenceEncoder:
         is_half = isinstance(value, self._torch.Tensor) and value.is_floating_point()
         return value.float() if is_half else value
 
-    def probe(self, texts: Sequence[str], prompt: str, budget: int, min_cosine: float) -> dict[str, Any]:
-        """Time float32 and bfloat16 on real rows and switch to the faster that loses at most `min_cosine`.
 
-        Returns the figures: rows per second of each, their mean cosine, the choice.
-        """
-        figures: dict[str, Any] = {"rows": len(texts), "precision": "float32"}
-        if not texts or not self.has_half:
-            return figures
-        full, figures["float32_rows_per_second"] = self._timed(texts, prompt, budget)
-        original = self._model[0]
-        self._model[0] = self._halved(copy.deepcopy(original))
-        half, figures["bfloat16_rows_per_second"] = self._timed(texts, prompt, budget)
-        figures["cosine"] = float(np.mean(np.sum(unit(full) * unit(half), axis=1)))
-        faster = figures["bfloat16_rows_per_second"] > WORTH_IT * figures["float32_rows_per_second"]
-        if faster and figures["cosine"] >= min_cosine:
-            self.precision = figures["precision"] = "bfloat16"
-        else:
-            self._model[0] = original
-        return figures
+def _loaded(folder: ModelFolder, device: str) -> Any:
+    from safetensors import SafetensorError
+    from sentence_transformers import SentenceTransformer
 
-    def _timed(self, texts: Sequence[str], prompt: str, budget: int) -> tuple[Matrix, float]:
-        counts = self.count_tokens(texts, prompt)
-        batches = plan(counts if self.max_tokens is None else np.minimum(counts, self.max_tokens), budget)
-        self.encode([texts[row] for row in batches[0]], "document", prompt)  # warm-up
-        vectors = np.zeros((len(texts), self.dim), np.float32)
-        start = time.perf_counter()
-        for rows in batches:
-            vectors[rows] = self.encode([texts[row] for row in rows], "document", prompt)
-        return vectors, len(texts) / (time.perf_counter() - start)
+    try:
+        model = SentenceTransformer(
+            folder.path,
+            device=device,
+            trust_remote_code=False,
+            local_files_only=True,
+            model_kwargs={"use_safetensors": True},
+        )
+    except SafetensorError as error:
+        raise DataError(f"cannot read the weights of {folder.name}: {error}; fetch the model again") from None
+    except (RuntimeError, MemoryError):  # of the device, not of the folder
+        raise
+    except Exception as error:  # whatever the libraries raise for files they cannot use
+        if getattr(error, "errno", None):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SpecError(f"model.name: {folder.name} cannot be loaded: {reason}") from error
+    return model.eval()
+
+
+def _ids(tokenizer: Any, whole: Sequence[str]) -> list[list[int]]:
+    if hasattr(tokenizer, "encode_batch_fast"):  # a bare `tokenizers` one, as in static models
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(whole, add_special_tokens=False)]
+    ids = tokenizer(whole, verbose=False, return_attention_mask=False, return_token_type_ids=False)
+    return list(ids["input_ids"])
