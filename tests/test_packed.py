@@ -359,3 +359,57 @@ def test_on_a_gpu_the_kernel_agrees_with_padded_batches(load, kind):
     model[0].to(torch.bfloat16)
     verdict = packed.prove(model)
     assert verdict.reason == ""
+
+
+@pytest.fixture
+def encoder(load, tmp_path):
+    """The project's encoder of a kind, from files."""
+    from pipeline.encoders.models import resolve
+    from pipeline.encoders.sentence import SentenceEncoder
+
+    def make(kind, **settings):
+        model = load(kind, **settings)
+        model.prompts = {"query": "w1 w2 w3 "}
+        model.save(str(tmp_path / kind), create_model_card=False)
+        return SentenceEncoder(resolve(str(tmp_path / kind)), None, "cpu", 1)
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "qwen3"])
+@pytest.mark.parametrize("include_prompt", [True, False])
+@pytest.mark.parametrize("prompt", ["", "w1 w2 w3 "])
+def test_the_encoder_gives_packed_what_it_gives_padded(encoder, kind, include_prompt, prompt):
+    from pipeline.encoders.batches import encode_rows
+
+    padded = encoder(kind, include_prompt=include_prompt)
+    wanted = encode_rows(padded, texts(), "query", prompt, 200)
+    ours = padded.variant("float32", "packed")
+    got = encode_rows(ours, texts(), "query", prompt, 200)
+    assert np.abs(got.vectors - wanted.vectors).max() < 1e-5
+    assert got.failed == wanted.failed == {}
+    assert got.padded_tokens == got.tokens == wanted.tokens < wanted.padded_tokens
+    again = encode_rows(padded, texts(), "query", prompt, 200)
+    assert np.array_equal(again.vectors, wanted.vectors)
+
+
+def test_the_encoder_at_half_precision_is_judged_by_float32(encoder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        packed, "prove", lambda model, limit, reference=None: asked.append((limit, reference)) or packed.Verdict(True)
+    )
+    base = encoder("bert")
+    base.variant("bfloat16", "packed")
+    base.variant("float32", "packed")
+    assert asked == [(150, base.model), (150, None)]
+
+
+def test_the_encoder_refuses_what_is_not_proven(encoder):
+    from pipeline.errors import SpecError
+
+    with pytest.raises(SpecError, match="padded batches alone: the attention of MPNetModel cannot be replaced"):
+        encoder("mpnet").variant("bfloat16", "packed")
+    base = encoder("bert")
+    base.tokenizer = None
+    with pytest.raises(SpecError, match="must read texts itself"):
+        base.variant("bfloat16", "packed")

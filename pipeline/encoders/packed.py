@@ -7,7 +7,7 @@ attention raises: there is no silent wrong answer.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ class Verdict:
 def features(
     ids: NDArray[np.int32],
     offsets: NDArray[np.int64],
-    names: Sequence[str] = (),
+    names: Collection[str] = (),
     padding_idx: int | None = None,
     prompt_tokens: int = 0,
     fixed: Fixed | None = None,
