@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.bench import gpu
 from tests.bench.gpu_models import SETS, Shape, flops, texts, words
@@ -63,7 +64,8 @@ def test_the_turns_tell_how_often_ours_goes_into_the_others(told):
     assert turn["note"] == f"{ours / default:.1f} x default, {ours / best:.2f} x best"
     assert turn["note"] in printed
     assert {"torch", "sentence-transformers"} <= set(data["machine"]["packages"])
-    assert data["peak_flops"] > 1e9
+    assert data["machine"]["peak_flops"] > 1e9
+    assert data["machine"]["varlen_kernel"] == torch.cuda.is_available()
 
 
 def test_operations_and_padding_by_hand():

@@ -211,8 +211,8 @@ def _plain(
     return out
 
 
-def _register() -> None:
-    """No mask function beside it: transformers then makes no mask, and the borders are all there is."""
+def register() -> None:
+    """Tell transformers of it, without a mask function: it then makes no mask, and the borders are all there is."""
     global _HAS_KERNEL
     import torch
     from transformers import AttentionInterface
@@ -249,7 +249,7 @@ def enable(model: Any) -> bool:
     """Switch a sentence-transformers model to packed attention. False, with nothing changed, where it cannot be."""
     if objection(model):
         return False
-    _register()
+    register()
     inner = model[0].model
     before = inner.config._attn_implementation
     if before != NAME:
