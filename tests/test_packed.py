@@ -223,6 +223,7 @@ def test_a_layer_that_mixes_neighbours_is_refused_however_little(load, leak):
         lambda module, given, out: out + leak * out.roll(1, dims=1) * (out.shape[0] == 1)
     )
     assert not packed.prove(model).allowed
+    assert model[0].model.config._attn_implementation == "sdpa"
 
 
 def test_wrong_positions_are_found(load, monkeypatch):
@@ -252,6 +253,19 @@ def test_modules_that_read_padded_token_vectors_are_refused(load):
 
     model = load("bert", extra=[LSTM(32, 8)])
     assert "LSTM" in packed.prove(model).reason
+
+
+def test_layers_of_another_kind_are_refused(load):
+    model = load("qwen3")
+    model[0].model.config.layer_types = ["full_attention", "chunked_attention"]
+    assert "chunked_attention" in packed.prove(model).reason
+
+
+def test_a_padded_batch_is_refused_by_packed_attention():
+    states = torch.ones(2, 4, 3, 8)
+    borders = {"cu_seq_lens_q": torch.tensor([0, 1, 3], dtype=torch.int32), "max_length_q": 2}
+    with pytest.raises(RuntimeError, match="padding"):
+        packed.attention(None, states, states, states, None, **borders)
 
 
 @pytest.mark.parametrize("extra", [{"softcap": 30.0}, {"s_aux": torch.ones(4)}, {"position_bias": torch.ones(1)}])
