@@ -6,12 +6,14 @@ ROWS ?= 500000
 DIM ?= 768
 OUT ?= output/bench-search
 VECTORS ?=
+DATA ?=
+QUICK ?=
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: embed test setup lint schemas faults bench-search clean help
+.PHONY: embed test setup lint schemas faults bench-search bench-embed clean help
 
 help:            ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /	/'
@@ -38,6 +40,12 @@ faults: $(READY) ## kills, lost power, full disks, races, damage: make faults SE
 bench-search: $(READY) ## beside LanceDB, faiss, usearch: make bench-search ROWS=500000 DIM=768 OUT=… or VECTORS=folder
 	$(BIN)/python -m pip install -q -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m tests.bench --rows $(ROWS) --dim $(DIM) --out $(OUT) $(if $(VECTORS),--vectors $(VECTORS)) $(ARGS)
+
+bench-embed: ROWS = 200
+bench-embed: OUT = output/bench-embed
+bench-embed: $(READY) ## beside sentence-transformers, model2vec: make bench-embed DATA=folder ROWS=200 OUT=… QUICK=1
+	$(BIN)/python -m pip install -q -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m tests.bench.embed --rows $(ROWS) --out $(OUT) $(if $(DATA),--data $(DATA)) $(if $(QUICK),--quick) $(ARGS)
 
 clean:           ## remove .venv and caches; output/ is kept
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -42,10 +42,10 @@ def results(
     return {"machine": machine(), "set": measured, "builds": dict(builds), "rows": rows, "left_out": dict(left_out)}
 
 
-def machine() -> dict[str, Any]:
+def machine(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     """What the figures were measured on, with which versions, when, of which commit."""
     versions = {}
-    for name in PACKAGES:
+    for name in packages:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -133,12 +133,12 @@ def text(told: Results) -> str:
         f"{of['threads']} threads of {at['cpu']} ({at['cores']} cores), {at['date']}, commit {at['commit']}",
         ", ".join(f"{name} {version}" for name, version in at["packages"].items() if version),
         "",
-        _table([_cells(row) for row in told["rows"] if row["kind"] == "search"], HEAD),
+        table([_cells(row) for row in told["rows"] if row["kind"] == "search"], HEAD),
     ]
     apart = [row for row in told["rows"] if row["kind"] != "search"]
     if apart:
         lines += ["", "whole: ids and columns too; coarse: the first level alone, without rescoring", ""]
-        lines += [_table([_cells(row) for row in apart], HEAD)]
+        lines += [table([_cells(row) for row in apart], HEAD)]
     lines += ["", *_best(told["rows"])]
     lines += [f"left out: {name}: {why}" for name, why in told["left_out"].items()]
     return "\n".join(lines)
@@ -180,10 +180,10 @@ def _best(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             good = [row for row in mine if row["recall"] >= least]
             cells.append(f"{min(row['median_ms'] for row in good):.3f}" if good else "never")
         lines.append(cells)
-    return [_table(lines, ("contender", "best recall", *(f"ms at {least}" for least in AT_LEAST)))]
+    return [table(lines, ("contender", "best recall", *(f"ms at {least}" for least in AT_LEAST)))]
 
 
-def _table(lines: Sequence[Sequence[str]], head: Sequence[str]) -> str:
+def table(lines: Sequence[Sequence[str]], head: Sequence[str]) -> str:
     """Columns side by side; numbers to the right."""
     widths = [max(len(line[at]) for line in [head, *lines]) for at in range(len(head))]
 
