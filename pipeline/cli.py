@@ -11,7 +11,7 @@ import polars as pl
 import typer
 from rich.table import Table
 
-from pipeline import corpus, embed, ledger, lock, plan, querylog, report, stopping, verify
+from pipeline import corpus, embed, ledger, lock, plan, querylog, stopping, verify
 from pipeline.cascade import Level
 from pipeline.errors import DamageError, PipelineError, SpecError, StaleError
 from pipeline.run import Stage, check, run as run_job
@@ -314,6 +314,8 @@ def _log_queries(spec: JobSpec, path: str, as_json: bool) -> None:
 @app.command("report")
 def report_command(job: JobOrRoot, sets: Sets = None, as_json: AsJson = False) -> None:
     """Make one self-contained HTML page of the newest generation, from its files alone."""
+    from pipeline import report  # late, as in run
+
     configure_logging(None)
     root, _ = _root_and_spec(job, sets)
     path = report.run(root)
@@ -381,6 +383,8 @@ def _examples(spec: JobSpec, generation: dict[str, Any]) -> None:
 
 def _next(spec: JobSpec, job: str) -> None:
     text = spec.search.examples[0] if spec.search.examples else "your question"
+    from pipeline import report  # late, as in run
+
     page = Path(spec.root) / report.FILE
     out.print(f"\nThe page of this run: {plain(str(page))}\nNext:" if page.is_file() else "\nNext:")
     out.print(f'  {plain(me())} search {plain(job)} "{plain(text)}" -k 5 --explain')

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from pipeline import rows, store
 from pipeline.encoders import choose, meters
-from pipeline.encoders.batches import Encoded, Encoder, Prepared, encode, encode_rows, prepare
+from pipeline.encoders.batches import Encoded, Encoder, OnBatch, Prepared, encode, encode_rows, prepare
 from pipeline.encoders.choose import Choice
 from pipeline.encoders.models import ModelFolder
 from pipeline.encoders.sentence import SentenceEncoder
@@ -37,6 +37,8 @@ STATIC_TOKENS = 262_144
 """The same where nothing is padded."""
 SAMPLED_TEXTS = 4_096
 """Texts from which a probe and a calibration take theirs, at least."""
+COMPARED_TEXTS = 512
+"""Texts on which a quick tokenizer must agree with the plain one."""
 LOOKAHEAD = 3
 """Shards that a worker has in hand: one is read and tokenized, one embedded, one written."""
 
@@ -183,7 +185,7 @@ class Embedder:
         chosen = choose.choose(base, model, texts, prompts["document"], budget)
         encoder = self._encoder = chosen.encoder
         if encoder.tokenizer is not None:
-            encoder.tokenizer = encoder.tokenizer.agreeing(texts)
+            encoder.tokenizer = encoder.tokenizer.agreeing(texts[:COMPARED_TEXTS])
         flops = encoder.flops()
         if model.batch_tokens == "auto" and not encoder.pads and not any(flops):
             budget = STATIC_TOKENS
@@ -238,7 +240,7 @@ class Embedder:
         read, _ = self._reading(self._tokens, work, encoder)
         encoded, waited = self._device(
             encode, encoder, read.prepared, "document", facts.prompts["document"], facts.batch_tokens,
-            self._count, self._spec.embed.vectors, since=start,
+            self._counter(read.prepared), self._spec.embed.vectors, since=start,
         )  # fmt: skip
         record, _ = self._writing(self._written, work, read, encoded)
         return record | {
@@ -286,8 +288,18 @@ class Embedder:
         give_back_memory()
         return record | {"write_seconds": round(time.perf_counter() - start, 3)}
 
-    def _count(self, rows: int, tokens: int) -> None:
-        self.progress = Progress(self.progress.rows + rows, self.progress.tokens + tokens)
+    def _counter(self, prepared: Prepared) -> OnBatch:
+        """Adds a shard to the progress by its tokens, since its longest texts come first."""
+        total, shard_rows = max(1, int(prepared.tokens.offsets[-1])), len(prepared.places)
+        before, done = Progress(), 0
+
+        def count(rows: int, tokens: int) -> None:
+            nonlocal before, done
+            before = before if done else self.progress  # of the shard that the device had before
+            done += tokens
+            self.progress = Progress(before.rows + shard_rows * done // total, before.tokens + done)
+
+        return count
 
     def _tables(
         self, shard: Shard, batches: Sequence[rows.Rows], encoded: Encoded, facts: Facts

@@ -10,9 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import lancedb
 import numpy as np
-from lancedb.index import FTS, BTree
 
 from pipeline import store
 from pipeline.errors import PipelineError
@@ -42,6 +40,9 @@ class Indexed:
 
 def run(settings: Index, prefixes: Sequence[Prefix], rows: int, root: Root) -> dict[str, Indexed]:
     """Build what is missing. PipelineError where an index is incomplete or not used."""
+    import lancedb  # takes a second, which workers need not spend
+    from lancedb.index import FTS, BTree
+
     database = lancedb.connect(str(root / "lancedb"))
     documents = database.open_table(DOCUMENTS)
     built = {tuple(found.columns): found.name for found in documents.list_indices()}

@@ -83,18 +83,29 @@ def clean(raw: RawBatch, file: str, corpus: Corpus, types: Mapping[str, pa.DataT
 
     Raises DataError where an id is missing or of a type that cannot be one.
     """
-    rows = Rows(file)
-    names = _values(raw.columns[corpus.id]) if corpus.id else [None] * raw.count
-    parts = [_values(raw.columns[name]) for name in corpus.text]
     for column in corpus.text:
         _check_text_type(raw.columns[column], column, file)
+    rows = Rows(file)
+    kept = _quickly(rows, raw, corpus)
+    if kept is None:
+        kept = _one_by_one(rows, raw, corpus)
+    taken = pa.array(kept, pa.int64())
+    for column in [*corpus.keep, *corpus.filter]:
+        rows.extras[column] = typed(raw.columns[column], types[column], column, file).take(taken)
+    return rows
+
+
+def _one_by_one(rows: Rows, raw: RawBatch, corpus: Corpus) -> list[int]:
+    """Positions of the usable rows, which are added."""
+    names = _values(raw.columns[corpus.id]) if corpus.id else [None] * raw.count
+    parts = [_values(raw.columns[name]) for name in corpus.text]
     kept = []
     for number in range(raw.count):
         offset = raw.start + number
         if number in raw.bad:
             rows.rejected.append((offset, None, "undecodable", raw.bad[number][:200]))
             continue
-        name = _id(names[number], corpus.id, file, offset) if corpus.id else None
+        name = _id(names[number], corpus.id, rows.file, offset) if corpus.id else None
         text, repaired = _text([part[number] for part in parts])
         if isinstance(text, Refused):
             rows.rejected.append((offset, name, text.reason, text.detail))
@@ -106,10 +117,43 @@ def clean(raw: RawBatch, file: str, corpus: Corpus, types: Mapping[str, pa.DataT
         rows.ids.append(digest.hex() if name is None else name)
         rows.texts.append(text)
         rows.digests.append(digest)
-    taken = pa.array(kept, pa.int64())
-    for column in [*corpus.keep, *corpus.filter]:
-        rows.extras[column] = typed(raw.columns[column], types[column], column, file).take(taken)
-    return rows
+    return kept
+
+
+def _quickly(rows: Rows, raw: RawBatch, corpus: Corpus) -> list[int] | None:
+    """The same for batches in which every row is usable and nothing is to be repaired; None for others.
+
+    A third of the time: the texts of most corpora pass here.
+    """
+    parts = [raw.columns[name] for name in corpus.text]
+    names = raw.columns[corpus.id] if corpus.id else None
+    if raw.bad or not all(_is_clean(part) for part in ([*parts] if names is None else [*parts, names])):
+        return None
+    if names is not None and names.null_count:
+        return None
+    joined = pc.binary_join_element_wise(*parts, "\n", null_handling="skip") if len(parts) > 1 else parts[0]
+    texts = joined.to_pylist()
+    given = None if names is None else names.to_pylist()
+    if len(texts) < raw.count:  # the join leaves rows out that are null everywhere (pyarrow 26)
+        return None
+    if any(not text or text.isspace() for text in texts) or (given is not None and "" in given):
+        return None
+    rows.digests = [ids.of_text(text) for text in texts]
+    rows.texts = texts
+    rows.ids = [digest.hex() for digest in rows.digests] if given is None else given
+    rows.offsets = list(range(raw.start, raw.start + raw.count))
+    return list(range(raw.count))
+
+
+def _is_clean(column: Column) -> bool:
+    """Whether these are strings of valid UTF-8, in which no lone surrogate can be."""
+    if not isinstance(column, pa.Array) or not pa.types.is_string(column.type):
+        return False
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,6 @@ from pipeline import (
     predictor,
     queries,
     repair,
-    report,
     storage,
     store,
 )
@@ -174,6 +173,8 @@ class _Run:
 
     def _report(self, generation: Mapping[str, Any]) -> None:
         """Make the page, unless it shows this generation already."""
+        from pipeline import report  # what it draws with takes half a second, which workers need not spend
+
         shown = ledger.Ledger(self.root, "report")
         name = str(generation["generation"])
         if self.first != "report" and shown.get(name) is not None and self.root.size(report.FILE):

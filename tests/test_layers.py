@@ -53,7 +53,7 @@ ALLOWED = {
     "nncf": {"encoders"},
     "nanotoken": {"encoders"},
 }
-LATE = {"ray", "faiss", "numkong", "torch", "sentence_transformers", "transformers", "huggingface_hub"} | {
+LATE = {"ray", "lancedb", "faiss", "numkong", "torch", "sentence_transformers", "transformers", "huggingface_hub"} | {
     "openvino", "nncf", "nanotoken",
 }  # fmt: skip
 """Packages that may only be imported inside a function."""

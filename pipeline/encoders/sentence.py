@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.encoders import tokens as tokens_
+from pipeline.encoders import packed, tokens as tokens_
 from pipeline.encoders.batches import Ending, Role
 from pipeline.encoders.models import ModelFolder, folder_digest
 from pipeline.encoders.tokens import CHUNK, HUGE, TRIALS, Tokenizer, Tokens, head
@@ -52,6 +52,7 @@ class SentenceEncoder:
         self.model = _loaded(folder, self.device)
         self.precision: TorchPrecision = "float32"
         self.attention: Attention = "padded"
+        self._padding_idx: int | None = None
         self.max_tokens = self._limit(folder, max_tokens)
         self.tokenizer = self._own_tokenizer()
         self.dim = int(self.model.get_embedding_dimension() or self._measured_dim())
@@ -157,9 +158,11 @@ class SentenceEncoder:
         constants = self._constants(role, prompt)
         if constants is None:
             raise DataError(f"the {role} prompt is read otherwise by this model than its document prompt")
-        return {name: value for name, value in self._padded(tokens).items() if name in constants[""]} | {
-            name: value for name, value in constants.items() if name
-        }
+        others = {name: value for name, value in constants.items() if name}
+        if self.attention == "packed":
+            prompt_tokens = int(others.get("prompt_length") or 0)
+            return others | packed.features(tokens.ids, tokens.offsets, constants[""], self._padding_idx, prompt_tokens)
+        return {name: value for name, value in self._padded(tokens).items() if name in constants[""]} | others
 
     def begin(self, tokens: Tokens, role: Role, prompt: str) -> Ending:
         """Start one batch; on CUDA it is under way when this returns."""
@@ -193,7 +196,7 @@ class SentenceEncoder:
         return type(self.model[0]).__name__ == "Transformer"
 
     def variant(self, precision: TorchPrecision, attention: Attention = "padded") -> "SentenceEncoder":
-        """The same model otherwise, beside this one. SpecError where it has no transformer."""
+        """The same model otherwise, beside this one. SpecError where it has no transformer, or cannot run packed."""
         if (precision, attention) == ("float32", "padded"):
             return self
         if not self.has_transformer:
@@ -205,7 +208,18 @@ class SentenceEncoder:
         other.model._modules = dict(self.model._modules)
         other.model[0] = self._halved(copy.deepcopy(self.model[0]), precision)
         other.precision, other.attention = precision, attention
+        if attention == "packed":
+            other._pack(None if precision == self.precision else self.model)
         return other
+
+    def _pack(self, reference: Any) -> None:
+        """Packed attention from here on. SpecError where it is not proven to give what padded batches do."""
+        if self.tokenizer is None:
+            raise SpecError(f"model: {self.folder.name} must read texts itself, so that its batches are padded")
+        verdict = packed.prove(self.model, self.max_tokens, reference=reference)
+        if not verdict.allowed:
+            raise SpecError(f"model: {self.folder.name} runs on padded batches alone: {verdict.reason}")
+        self._padding_idx = packed.position_base(self.model)
 
     def _halved(self, module: Any, precision: TorchPrecision) -> Any:
         if precision == "float32":
