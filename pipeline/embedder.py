@@ -31,7 +31,7 @@ from pipeline.storage import Root
 from pipeline.tables import DOCUMENTS, TableInfo, documents_schema, logical_digest, vector_array
 from pipeline.workers import Progress, give_back_memory, peak_memory_bytes
 
-BATCH_TOKENS = {"cpu": 2_048, "cuda": 65_536}
+BATCH_TOKENS = {"cpu": 1_024, "cuda": 65_536}
 """Tokens per batch, padding included (measured: cpu on two Zen 4 cores with MiniLM; cuda assumed)."""
 STATIC_TOKENS = 262_144
 """The same where nothing is padded."""
