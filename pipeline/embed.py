@@ -29,6 +29,7 @@ from pipeline.embedder import (
     documents_info,
     parquet_bytes,
 )
+from pipeline.encoders import choose
 from pipeline.encoders.models import ModelFolder
 from pipeline.errors import DataError, PipelineError, SpecError
 from pipeline.ledger import Ledger, Record, Slot
@@ -159,9 +160,9 @@ def _begin(spec: JobSpec, facts: Facts, fixed: Mapping[str, Any], root: Root) ->
     """Check what the first worker resolved and write down what the root is begun with."""
     check_dims(spec, facts.full_dim)
     log.info(
-        "embed model=%s dim=%d backend=%s precision=%s attention=%s tokenizer=%s batch_tokens=%d probe=%s",
+        "embed model=%s dim=%d backend=%s precision=%s attention=%s tokenizer=%s batch_tokens=%d probed: %s",
         facts.name, facts.full_dim, facts.backend, facts.precision, facts.attention, facts.tokenizer,
-        facts.batch_tokens, facts.probe,
+        facts.batch_tokens, choose.told(facts.probe),
     )  # fmt: skip
     begun = {**fixed, **_resolved_fields(facts), "asked": _asked(spec), "facts": asdict(facts)}
     return ledger.begin(root, begun)

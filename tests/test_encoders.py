@@ -12,7 +12,7 @@ from pipeline.encoders import batches, models
 from pipeline.encoders.sentence import SentenceEncoder
 from pipeline.encoders.static import StaticEncoder
 from pipeline.errors import DataError, SpecError
-from tests.conftest import DIM, corpus_frame, save_model, texts
+from tests.conftest import DIM, WORDS, corpus_frame, save_model, texts
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,32 @@ def test_a_static_model_without_unit_length_is_left_so(tmp_path):
     ids = [2, 3, 4]  # w000 w001 w002, behind the two unknown ones
     got = table.begin(table.tokenize(["w000 w001 w002"], ""), "document", "")()
     assert np.allclose(got[0], weights[ids].mean(axis=0), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+def test_a_model2vec_folder_is_a_static_model(tmp_path, kind):
+    """As model2vec writes it: fewer vectors than words, a weight for each word."""
+    from safetensors.numpy import save_file
+
+    folder = save_model(tmp_path / "plain")
+    count = len(WORDS) + 2
+    rng = np.random.default_rng(0)
+    stored = rng.standard_normal((50, DIM)).astype(kind)
+    mapping, weights = rng.integers(0, 50, count), rng.random(count).astype(np.float64)
+    for path in folder.glob("0_StaticEmbedding/*"):
+        shutil.move(path, folder / path.name)
+    save_file({"embeddings": stored, "mapping": mapping, "weights": weights}, folder / "model.safetensors")
+    kinds = [("StaticEmbedding", "."), ("Normalize", "1_Normalize")]
+    modules = [
+        {"idx": at, "name": str(at), "path": path, "type": f"sentence_transformers.models.{name}"}
+        for at, (name, path) in enumerate(kinds)
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    encoder = SentenceEncoder(models.resolve(str(folder)), None, None, 1)
+    got = batches.encode_rows(StaticEncoder.of(encoder), ["w000 w001 w005"], "document", "", 100).vectors[0]
+    ids = [2, 3, 7]
+    wanted = (stored[mapping[ids]].astype(np.float64) * weights[ids, None]).mean(axis=0)
+    assert np.allclose(got, wanted / np.linalg.norm(wanted), atol=2e-3)
 
 
 def test_a_model_with_a_layer_behind_the_table_is_run_as_it_is(tmp_path):

@@ -129,6 +129,20 @@ def _candidates(base: SentenceEncoder, wanted: Model) -> Iterator[Choice]:
                 yield Choice("torch", precision)
 
 
+def told(figures: Mapping[str, Any]) -> str:
+    """A probe's figures in one line."""
+    if not figures:
+        return "nothing, there was no choice"
+    found = [
+        f"{name} refused ({one['refused']})"
+        if "refused" in one
+        else f"{name} {one['rows_per_second']:.0f} rows/s at cosine {one['cosine']:.5f}"
+        for name, one in figures["candidates"].items()
+    ]
+    when = f", on {figures['cached']}" if "cached" in figures else ""
+    return f"{'; '.join(found)} ({figures['rows']} rows{when})"
+
+
 class _Maker:
     """Makes the encoder of a choice; the OpenVINO graph is made once."""
 

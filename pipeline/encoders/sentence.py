@@ -47,6 +47,7 @@ class SentenceEncoder:
             )
         if threads:
             torch.set_num_threads(threads)
+            os.environ.setdefault("RAYON_NUM_THREADS", str(threads))  # of both tokenizers, before their first batch
         self.folder, self._torch, self.threads = folder, torch, threads or torch.get_num_threads()
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model = _loaded(folder, self.device)
