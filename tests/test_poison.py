@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import corpus, rows, run, sources, storage
-from pipeline.encoders import models
+from pipeline.encoders import models, tokens
 from pipeline.encoders.batches import encode_rows
 from pipeline.encoders.sentence import SentenceEncoder
 from pipeline.errors import DataError
@@ -37,15 +37,18 @@ def of(kinds):
 class Sensitive:
     """Vectors that tell where in which batch they were made, by a millionth; a batch is eight rows."""
 
-    dim, max_tokens = 16, None
+    dim, max_tokens, tokenizer, pads, in_flight = 16, None, None, True, 2
 
     def __init__(self, kind=None):
         self.kind = kind
 
-    def count_tokens(self, texts, prompt):
-        return np.full(len(texts), BUDGET // 8, np.int64)
+    def tokenize(self, texts, prompt):
+        return tokens.unread(np.full(len(texts), BUDGET // 8, np.int64), None, texts)
 
-    def encode(self, texts, role, prompt):
+    def begin(self, part, role, prompt):
+        return lambda: self.vectors(part.texts)
+
+    def vectors(self, texts):
         out = np.zeros((len(texts), self.dim), np.float32)
         for place, text in enumerate(texts):
             seed = zlib.crc32(text.encode())
@@ -277,7 +280,7 @@ def beside(minilm):
     @functools.cache
     def make(tokens, at):
         texts = [*NEIGHBOURS[:at], " ".join(["the"] * (tokens - 2)), *NEIGHBOURS[at:]]
-        assert minilm.count_tokens(texts, "")[at] == tokens
+        assert minilm.tokenize(texts, "").counts[at] == tokens
         return np.delete(encode_rows(minilm, texts, "document", "", 512).vectors, at, axis=0).tobytes()
 
     return make
@@ -285,8 +288,8 @@ def beside(minilm):
 
 @of(kind for kind in KINDS if kind.name in REAL)
 def test_neighbours_in_the_real_model(kind, minilm, beside):
-    tokens = min(int(minilm.count_tokens([kind.text], "")[0]), minilm.max_tokens)
-    theirs = minilm._model.encode([kind.text[:10_000]])[0]
+    tokens = min(int(minilm.tokenize([kind.text], "").counts[0]), minilm.max_tokens)
+    theirs = minilm.model.encode([kind.text[:10_000]])[0]
     for at in (0, 4, 8):
         out = encode_rows(minilm, [*NEIGHBOURS[:at], kind.text, *NEIGHBOURS[at:]], "document", "", 512)
         assert out.failed == {}
@@ -297,16 +300,21 @@ def test_neighbours_in_the_real_model(kind, minilm, beside):
 class Refusing:
     """The real model, in which one text raises, or comes back as no number."""
 
+    in_flight = 2
+
     def __init__(self, encoder, text, raises):
         self.encoder, self.text, self.raises = encoder, text, raises
-        self.dim, self.max_tokens, self.count_tokens = encoder.dim, encoder.max_tokens, encoder.count_tokens
+        self.dim, self.max_tokens, self.pads = encoder.dim, encoder.max_tokens, encoder.pads
 
-    def encode(self, texts, role, prompt):
-        if self.raises and self.text in texts:
+    def tokenize(self, texts, prompt):
+        return replace(self.encoder.tokenize(texts, prompt), texts=texts)
+
+    def begin(self, part, role, prompt):
+        if self.raises and self.text in part.texts:
             raise self.raises
-        out = self.encoder.encode(texts, role, prompt)
-        out[[text == self.text for text in texts]] = np.nan
-        return out
+        out = self.encoder.begin(replace(part, texts=None), role, prompt)()
+        out[[text == self.text for text in part.texts]] = np.nan
+        return lambda: out
 
 
 @pytest.mark.parametrize("raises", [None, IndexError("index out of range"), MemoryError()])
