@@ -24,7 +24,7 @@ from unittest import mock
 import pyarrow as pa
 
 from pipeline import embed, ledger, lock, merge, storage, store
-from pipeline.embedder import COUNTERS, Embedder, Facts, Trial, Work, parquet_bytes
+from pipeline.embedder import COUNTERS, METERS, Embedder, Facts, Trial, Work, parquet_bytes
 from pipeline.encoders.models import ModelFolder
 from pipeline.errors import PipelineError
 from pipeline.ledger import Ledger
@@ -80,6 +80,7 @@ class StubEmbedder(Embedder):
 
     def __init__(self, root: Root) -> None:
         self._root = root
+        self._device = lambda work, *values: (work(*values), 0.0)  # no thread, which a simulation could not stop
 
     def _resolve(self, shard: Shard) -> Facts:
         return FACTS
@@ -100,9 +101,8 @@ class StubEmbedder(Embedder):
             "repaired": 0,
             **written.to_json(),
             "digest": digest,
-            "seconds": 0.0,
             "peak_memory_bytes": 0,
-            **dict.fromkeys(COUNTERS, 0),
+            **dict.fromkeys((*COUNTERS, *METERS), 0),
         }
 
 
