@@ -14,6 +14,7 @@ import polars as pl
 import pytest
 
 from pipeline import run, store
+from pipeline.embedder import LOOKAHEAD
 from pipeline.errors import DataError, LockedError, PipelineError, StaleError
 from pipeline.lock import lock
 from pipeline.storage import Root
@@ -126,10 +127,13 @@ def test_a_killed_worker_is_replaced_and_a_killed_driver_resumes_at_the_next_sha
     assert "worker died" in first
     assert 40 <= len(before) < ROWS // SHARD_ROWS
     assert not (root / "manifest.json").exists()
-    assert 0 <= len(before) - first.count("embed shard=") <= 1  # each once, the last one perhaps not told
+    assert 0 <= len(before) - first.count("embed shard=") <= LOOKAHEAD  # each once, the last ones perhaps not told
     code, _, second = finish(start(job))
     assert code == 0, second
-    assert second.count("embed shard=") == ROWS // SHARD_ROWS - len(before)
+    left = ROWS // SHARD_ROWS - len(before)
+    assert (
+        left - LOOKAHEAD <= second.count("embed shard=") <= left
+    )  # a worker outlives its driver by what it has in hand
     assert len(records(root)) == ROWS // SHARD_ROWS
     assert_same(root, undisturbed(job, root))
     assert len(written_files(root)) == 1  # all shards in one fragment, and nothing is left of them

@@ -203,7 +203,7 @@ SPECS = [
     case("empty-root", 2, "root", "at least 1", root=""),
     case("name-with-a-slash", 2, "name", "'a/b'", name="a/b"),
     case("unknown-precision", 2, "prefixes[0].precision", "did you mean 'int8'", prefixes=prefix(precision="int4")),
-    case("unknown-backend", 2, "model.backend", "'auto' or 'torch'", "'onnx'", model__backend="onnx"),
+    case("unknown-backend", 2, "model.backend", "'auto', 'torch' or 'openvino'", "'onnx'", model__backend="onnx"),
     case("unknown-transform", 2, "transform.kind", "'pca'", "'pcaa'", transform__kind="pcaa"),
     case("unknown-vectors", 2, "embed.vectors", "'float32'", "'int8'", embed__vectors="int8"),
     case("unknown-index", 2, "prefixes[0].index.kind", "'ivf_rq'", prefixes=prefix(index={"kind": "ivf_pq"})),

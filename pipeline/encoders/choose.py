@@ -110,8 +110,8 @@ def _candidates(base: SentenceEncoder, wanted: Model) -> Iterator[Choice]:
     """What the spec admits, but for the reference; the likely fastest first."""
     if not base.has_transformer:
         if wanted.precision not in ("auto", "float32") or wanted.backend == "openvino":
-            what = "backend" if wanted.backend == "openvino" else "precision"
-            raise SpecError(f"model.{what}: this model has no transformer to run otherwise; use auto")
+            what, given = ("backend", "openvino") if wanted.backend == "openvino" else ("precision", wanted.precision)
+            raise SpecError(f"model.{what}: this model has no transformer to run on or in {given}; use auto")
         return
     cuda = base.device.startswith("cuda")
     if wanted.backend in ("auto", "openvino") and not cuda and openvino.is_installed():
