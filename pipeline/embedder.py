@@ -165,7 +165,7 @@ class Embedder:
             return made
 
     def _built(self, facts: Facts) -> Encoder:
-        choice = Choice(facts.backend, facts.precision, facts.attention)  # type: ignore[arg-type]
+        choice = Choice(facts.backend, facts.precision, facts.attention)
         graph = None if facts.graph is None else (self._root.kept(facts.graph[0]), self._root.kept(facts.graph[1]))
         encoder = choose.build(self.base, choice, facts.prompts["document"], graph)
         if facts.tokenizer == PLAIN and encoder.tokenizer is not None:

@@ -20,7 +20,7 @@ import numpy as np
 from pipeline.encoders import openvino
 from pipeline.encoders.batches import Encoder, encode_rows
 from pipeline.encoders.openvino import Graph, OpenVINOEncoder
-from pipeline.encoders.sentence import Attention, SentenceEncoder
+from pipeline.encoders.sentence import SentenceEncoder
 from pipeline.encoders.static import StaticEncoder
 from pipeline.errors import PipelineError, SpecError
 from pipeline.spec import Model
@@ -45,7 +45,7 @@ class Choice:
 
     backend: str
     precision: str
-    attention: Attention = "padded"
+    attention: str = "padded"
 
     @property
     def name(self) -> str:
@@ -71,12 +71,12 @@ def build(base: SentenceEncoder, choice: Choice, prompt: str, graph: Graph | Non
     if choice == REFERENCE:
         return StaticEncoder.of(base) or base
     if choice.backend == "torch":
-        return base.variant(choice.precision, choice.attention)  # type: ignore[arg-type]
+        return base.variant(choice.precision, choice.attention)
     if not openvino.is_installed():
         raise PipelineError(
             "the job runs on openvino, which this worker lacks; install the extra [openvino] everywhere"
         )
-    return OpenVINOEncoder(base, prompt, choice.precision, graph or openvino.converted(base, prompt))  # type: ignore[arg-type]
+    return OpenVINOEncoder(base, prompt, choice.precision, graph or openvino.converted(base, prompt))
 
 
 def choose(base: SentenceEncoder, wanted: Model, texts: Sequence[str], prompt: str, budget: int) -> Chosen:
@@ -158,7 +158,7 @@ class _Maker:
         graph = self._graph
         if choice.precision == "int8":
             graph = openvino.quantized(self._base, self._prompt, graph, self._texts, self._budget)
-        encoder = OpenVINOEncoder(self._base, self._prompt, choice.precision, graph)  # type: ignore[arg-type]
+        encoder = OpenVINOEncoder(self._base, self._prompt, choice.precision, graph)
         return encoder, graph if choice.precision == "int8" else None
 
 

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,6 @@ from pipeline.encoders.sentence import SentenceEncoder
 from pipeline.encoders.tokens import TRIALS, Tokens
 from pipeline.errors import SpecError
 
-OpenVINOPrecision = Literal["float32", "bfloat16", "int8"]
 HINTS = {"float32": "f32", "bfloat16": "bf16", "int8": "bf16"}
 CALIBRATION_BATCHES = 60
 """Batches whose activations set the int8 ranges (more changed the cosine by less than 0.0002, measured)."""
@@ -47,7 +46,7 @@ def _openvino() -> Any:
     return openvino
 
 
-def precisions(core: Any = None) -> list[OpenVINOPrecision]:
+def precisions(core: Any = None) -> list[str]:
     """What this machine's CPU computes in hardware, quickest first as a rule; int8 is never among them by itself."""
     core = core or _openvino().Core()
     has_bfloat16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -59,7 +58,7 @@ class OpenVINOEncoder:
 
     pads = True
 
-    def __init__(self, base: SentenceEncoder, prompt: str, precision: OpenVINOPrecision, graph: Any) -> None:
+    def __init__(self, base: SentenceEncoder, prompt: str, precision: str, graph: Any) -> None:
         """Compile what `converted` or `quantized` made, for as many streams as `base` has threads."""
         self._base, self._prompt = base, prompt
         self.dim, self.max_tokens, self.tokenizer = base.dim, base.max_tokens, base.tokenizer

@@ -4,12 +4,11 @@ At half precision only the transformer runs so; pooling and what follows stay fl
 """
 
 import copy
-import functools
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +19,6 @@ from pipeline.encoders.models import ModelFolder, folder_digest
 from pipeline.encoders.tokens import CHUNK, HUGE, TRIALS, Tokenizer, Tokens, head
 from pipeline.errors import DataError, SpecError
 
-TorchPrecision = Literal["float32", "bfloat16", "float16"]
-Attention = Literal["padded", "packed"]
 DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 """Names sentence-transformers itself tries for a document's prompt, in its order."""
 CUDA_IN_FLIGHT = 3
@@ -51,9 +48,10 @@ class SentenceEncoder:
         self.folder, self._torch, self.threads = folder, torch, threads or torch.get_num_threads()
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model = _loaded(folder, self.device)
-        self.precision: TorchPrecision = "float32"
-        self.attention: Attention = "padded"
+        self.precision = "float32"
+        self.attention = "padded"
         self._padding_idx: int | None = None
+        self._asked: dict[tuple[Role, str], Mapping[str, Any] | None] = {}
         self.max_tokens = self._limit(folder, max_tokens)
         self.tokenizer = self._own_tokenizer()
         self.dim = int(self.model.get_embedding_dimension() or self._measured_dim())
@@ -122,9 +120,12 @@ class SentenceEncoder:
         tokenizer = self.model.tokenizer
         heads = list(texts)
         if self.max_tokens is not None and getattr(tokenizer, "truncation_side", "right") == "right":
-            read = lambda text: _ids(tokenizer, [text])[0]  # noqa: E731
             heads = [
-                head(prompt + text, read, self.max_tokens, len(prompt))[len(prompt) :] if len(text) > HUGE else text
+                head(prompt + text, lambda start: _ids(tokenizer, [start])[0], self.max_tokens, len(prompt))[
+                    len(prompt) :
+                ]
+                if len(text) > HUGE
+                else text
                 for text in texts
             ]
         counts: list[int] = []
@@ -133,9 +134,13 @@ class SentenceEncoder:
             counts += [len(one) for one in _ids(tokenizer, whole)]
         return tokens_.unread(np.array(counts, np.int64), self.max_tokens, heads)
 
-    @functools.cache  # noqa: B019 - as long as the model itself
     def _constants(self, role: Role, prompt: str) -> Mapping[str, Any] | None:
         """What the model wants beside ids and mask; None where it makes other ids or tensors of a text than we do."""
+        if (role, prompt) not in self._asked:
+            self._asked[role, prompt] = self._found_constants(role, prompt)
+        return self._asked[role, prompt]
+
+    def _found_constants(self, role: Role, prompt: str) -> Mapping[str, Any] | None:
         assert self.tokenizer is not None
         trials = [*TRIALS, "one two " * (self.max_tokens or 8)]
         theirs = self.model.preprocess(trials, prompt=prompt or None, task=role)
@@ -196,7 +201,7 @@ class SentenceEncoder:
         """Whether half precision or another engine gains anything: only transformers do."""
         return type(self.model[0]).__name__ == "Transformer"
 
-    def variant(self, precision: TorchPrecision, attention: Attention = "padded") -> "SentenceEncoder":
+    def variant(self, precision: str, attention: str = "padded") -> "SentenceEncoder":
         """The same model otherwise, beside this one. SpecError where it has no transformer, or cannot run packed."""
         if (precision, attention) == ("float32", "padded"):
             return self
@@ -205,6 +210,7 @@ class SentenceEncoder:
                 f"model.precision: this model has no transformer to run in {precision}; use float32 or auto"
             )
         other = copy.copy(self)
+        other._asked = {}
         other.model = copy.copy(self.model)
         other.model._modules = dict(self.model._modules)
         other.model[0] = self._halved(copy.deepcopy(self.model[0]), precision)
@@ -222,7 +228,7 @@ class SentenceEncoder:
             raise SpecError(f"model: {self.folder.name} runs on padded batches alone: {verdict.reason}")
         self._padding_idx = packed.position_base(self.model)
 
-    def _halved(self, module: Any, precision: TorchPrecision) -> Any:
+    def _halved(self, module: Any, precision: str) -> Any:
         if precision == "float32":
             return module
         module = module.to(getattr(self._torch, precision))

@@ -218,8 +218,10 @@ class Tokenizer:
         """The texts; of huge ones as much as holds the first `limit` tokens, which are all that is read."""
         if self.limit is None or not any(len(text) > HUGE for text in whole):
             return whole
-        count = lambda text: self.raw([text])[0]  # noqa: E731
-        return [head(text, count, self.limit, prompt) if len(text) > HUGE else text for text in whole]
+        return [
+            head(text, lambda start: self.raw([start])[0], self.limit, prompt) if len(text) > HUGE else text
+            for text in whole
+        ]
 
 
 def head(text: str, read: Callable[[str], Any], limit: int, prompt: int = 0) -> str:
