@@ -100,7 +100,9 @@ def run(
         if todo:
             setup = partial(Embedder, spec, folder, root, types)
             with pool.team(setup, on_progress, gpus=True, lookahead=LOOKAHEAD) as team:
-                standing = standing or _begin(spec, team.call(Resolve(shards[0])), fixed, root)
+                standing = standing or _begin(
+                    spec, team.call(Resolve(shards[0], sum(shard.rows for shard in shards))), fixed, root
+                )
                 _embed(todo, Facts(**standing["facts"]), team)
             slots = book.slots(names)
         assert standing is not None

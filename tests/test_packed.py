@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.encoders import packed
-from pipeline.encoders.packed import Fixed, features
+from pipeline.encoders.packed import features
 
 WORDS = 90
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
@@ -149,32 +149,6 @@ def test_a_padding_token_inside_a_text_has_the_position_the_model_gives_it(load)
     assert 0 in ids
     got = packed_vectors(model, ids, np.array([0, len(ids)])).numpy()
     assert np.abs(got - wanted).max() < 1e-5
-
-
-@pytest.mark.parametrize("pooling", ["mean", "cls", "max", "lasttoken"])
-@pytest.mark.parametrize(("total", "count"), [(300, 20), (263, 10), (700, 30)])
-def test_a_batch_filled_to_a_fixed_shape_has_the_same_vectors(load, pooling, total, count):
-    model = load("bert", pooling)
-    ids, offsets = tokens(model)
-    assert packed.enable(model)
-    plain = packed_vectors(model, ids, offsets)
-    fixed = Fixed(tokens=total, texts=count, longest=160)
-    batch = features(ids, offsets, fixed=fixed)
-    assert batch["input_ids"].shape == (1, total)
-    assert batch["cu_seq_lens_q"].shape == (count + 1,)
-    assert batch["cu_seq_lens_q"][-1] == total
-    assert int(batch["cu_seq_lens_q"].diff().max()) <= batch["max_length_q"] == 160
-    got = packed_vectors(model, ids, offsets, fixed=fixed)[: len(plain)]
-    assert torch.allclose(got, plain, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "fixed", [Fixed(239, 20, 160), Fixed(300, 9, 160), Fixed(300, 20, 100), Fixed(600, 10, 160)], ids=str
-)
-def test_what_does_not_fit_a_fixed_shape_is_said(fixed):
-    ids, offsets = np.zeros(239, np.int32), np.cumsum([0, 141, 42, 22, 11, 5, 5, 5, 4, 4])
-    with pytest.raises(ValueError, match="leave no room"):
-        features(ids, offsets, fixed=fixed)
 
 
 @pytest.mark.parametrize("kind", ["mpnet", "t5"])

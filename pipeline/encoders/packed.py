@@ -6,6 +6,7 @@ first, and nothing may run packed that it has not allowed. Where a model keeps t
 attention raises: there is no silent wrong answer.
 """
 
+import copy
 import inspect
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -27,16 +28,10 @@ UNDERSTOOD = {"position_ids", "seq_idx", "cu_seq_lens_k", "max_length_k", "deter
 """Keywords of an attention call that change nothing here; any other one that is set is refused."""
 MAX_HEAD_DIM = 256
 """Of the varlen kernel (FlashAttention 2), whose head dimension also is a multiple of 8."""
+COMPILER = "inductor"
+COMPILER_OPTIONS: dict[str, Any] = {"options": {"deterministic": True}}
+"""Nothing is chosen by timing it, so that two processes compute the same bits."""
 PROBE_LENGTHS = (1, 2, 3, 7, 7, 18, 40, 64)
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """A shape that every batch is filled up to, for compiled models and CUDA graphs."""
-
-    tokens: int
-    texts: int
-    longest: int
 
 
 @dataclass(frozen=True)
@@ -55,23 +50,18 @@ def features(
     names: Collection[str] = (),
     padding_idx: int | None = None,
     prompt_tokens: int = 0,
-    fixed: Fixed | None = None,
 ) -> dict[str, Any]:
     """What sentence-transformers' modules read of a packed batch: tensors in host memory, ready to be copied.
 
     Text i is ids[offsets[i]:offsets[i + 1]]. `names`: what the tokenizer gives (`token_type_ids` are zeros).
-    `padding_idx`: of a model that counts positions as RoBERTa does (`position_base`). `fixed`: filler texts
-    stand behind the batch's own, so that vectors behind the first n mean nothing. ValueError where it does not fit.
+    `padding_idx`: of a model that counts positions as RoBERTa does (`position_base`).
     """
     import torch
 
     tokens = ids[offsets[0] : offsets[-1]].astype(np.int64)
     borders = (offsets - offsets[0]).astype(np.int32)
-    longest = int(np.diff(borders).max())
-    if fixed is not None:
-        tokens, borders = _filled(tokens, borders, longest, fixed)
-        longest = fixed.longest
     lengths = np.diff(borders)
+    longest = int(lengths.max())
     borders_tensor = torch.from_numpy(borders)
     out: dict[str, Any] = {
         "input_ids": torch.from_numpy(tokens)[None],
@@ -98,21 +88,6 @@ def _positions(ids: NDArray[np.int64], borders: NDArray[np.int32], padding_idx: 
     seen = np.concatenate([[0], np.cumsum(real)])
     counted: NDArray[np.int64] = (seen[1:] - np.repeat(seen[borders[:-1]], lengths)) * real + padding_idx
     return counted
-
-
-def _filled(
-    ids: NDArray[np.int64], borders: NDArray[np.int32], longest: int, fixed: Fixed
-) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """Empty texts, then filler texts of at most `longest` tokens, the last of them not empty.
-
-    Pooling reads the first token of every text, so that an empty one may not stand at the very end.
-    """
-    ends = np.arange(fixed.tokens, len(ids), -fixed.longest, dtype=np.int32)[::-1]
-    empty = fixed.texts + 1 - len(borders) - len(ends)
-    if longest > fixed.longest or not len(ends) or empty < 0:
-        raise ValueError(f"{len(ids)} tokens in {len(borders) - 1} texts leave no room in {fixed}")
-    borders = np.concatenate([borders, np.full(empty, len(ids), np.int32), ends])
-    return np.concatenate([ids, np.zeros(fixed.tokens - len(ids), np.int64)]), borders
 
 
 def attention(
@@ -162,6 +137,37 @@ def kernel_serves(device: str, dtype: Any, head_dim: int) -> bool:
 
 _HAS_KERNEL = False
 """Set when the attention is registered."""
+
+
+def compile_layers(model: Any) -> None:
+    """Fuse what stands around the matrix products of each layer; a batch may have any size.
+
+    Layers share their code, so that one is compiled. On an H100 7.2 became 8.4 M tokens/s for MiniLM's shape.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    inner = model[0].model
+    parts = [part for part in inner.modules() if isinstance(part, GradientCheckpointingLayer)]
+    for part in [*parts, *filter(None, [getattr(inner, "embeddings", None)])]:
+        part.compile(backend=COMPILER, dynamic=True, **COMPILER_OPTIONS)
+
+
+def pooling(module: Any) -> Any:
+    """A module, or a copy that takes the mean over each text in one order; the original adds with atomics on CUDA."""
+    if type(module).__name__ != "Pooling" or module.pooling_mode not in ("mean", ("mean",)):
+        return module
+    import torch
+
+    def mean(features: dict[str, Any], **others: Any) -> dict[str, Any]:
+        if "cu_seq_lens_q" not in features or (features.get("prompt_length") and not module.include_prompt):
+            return dict(module(features, **others))
+        tokens, borders = features["token_embeddings"].squeeze(0), features["cu_seq_lens_q"]
+        features["sentence_embedding"] = torch.segment_reduce(tokens, "mean", offsets=borders, axis=0, unsafe=True)
+        return features
+
+    other = copy.copy(module)
+    other.forward = mean
+    return other
 
 
 def _varlen(

@@ -23,6 +23,8 @@ DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 """Names sentence-transformers itself tries for a document's prompt, in its order."""
 CUDA_IN_FLIGHT = 3
 """Batches on the way on CUDA: one computes while the next one's ids and the last one's vectors travel (assumed)."""
+COMPILED_TEXTS = ["one two three " * count for count in range(8, 40)]
+"""The batch that a model is compiled with."""
 BLOCK = re.compile(r"\.\d+\.")
 """In the name of a weight: it belongs to a layer, so that every token meets it."""
 
@@ -201,8 +203,11 @@ class SentenceEncoder:
         """Whether half precision or another engine gains anything: only transformers do."""
         return type(self.model[0]).__name__ == "Transformer"
 
-    def variant(self, precision: str, attention: str = "padded") -> "SentenceEncoder":
-        """The same model otherwise, beside this one. SpecError where it has no transformer, or cannot run packed."""
+    def variant(self, precision: str, attention: str = "padded", compiled: bool = False) -> "SentenceEncoder":
+        """The same model otherwise, beside this one; `compiled` is for packed attention.
+
+        SpecError where it has no transformer, or cannot run packed or compiled.
+        """
         if (precision, attention) == ("float32", "padded"):
             return self
         if not self.has_transformer:
@@ -217,16 +222,30 @@ class SentenceEncoder:
         other.precision, other.attention = precision, attention
         if attention == "packed":
             other._pack(None if precision == self.precision else self.model)
+        if compiled:
+            other._compile()
         return other
 
     def _pack(self, reference: Any) -> None:
         """Packed attention from here on. SpecError where it is not proven to give what padded batches do."""
         if self.tokenizer is None:
             raise SpecError(f"model: {self.folder.name} must read texts itself, so that its batches are padded")
+        for name, module in self.model._modules.items():
+            self.model._modules[name] = packed.pooling(module)
         verdict = packed.prove(self.model, self.max_tokens, reference=reference)
         if not verdict.allowed:
             raise SpecError(f"model: {self.folder.name} runs on padded batches alone: {verdict.reason}")
         self._padding_idx = packed.position_base(self.model)
+
+    def _compile(self) -> None:
+        """Compile now, on one made-up batch, so that no real one fails by it and every process begins the same."""
+        assert self.attention == "packed" and self.tokenizer is not None
+        packed.compile_layers(self.model)
+        try:
+            self.begin(self.tokenizer(COMPILED_TEXTS), "document", "")()
+        except Exception as error:  # whatever the compiler or its tools raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            raise SpecError(f"model: {self.folder.name} cannot be compiled: {reason[:200]}") from error
 
     def _halved(self, module: Any, precision: str) -> Any:
         if precision == "float32":

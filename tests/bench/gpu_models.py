@@ -13,8 +13,6 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LONGEST = 512
 SETS = {"mixed": (5, 500), "short": (5, 30)}
 """Tokens of a text, special ones included, drawn evenly."""
-LONGEST_OF = {"mixed": LONGEST, "short": 32}
-"""What batches of one shape allow for."""
 
 
 @dataclass(frozen=True)
