@@ -162,9 +162,10 @@ def _begin(spec: JobSpec, facts: Facts, fixed: Mapping[str, Any], root: Root) ->
     """Check what the first worker resolved and write down what the root is begun with."""
     check_dims(spec, facts.full_dim)
     log.info(
-        "embed model=%s dim=%d backend=%s precision=%s attention=%s tokenizer=%s batch_tokens=%d probed: %s",
-        facts.name, facts.full_dim, facts.backend, facts.precision, facts.attention, facts.tokenizer,
-        facts.batch_tokens, choose.told(facts.probe),
+        "embed model=%s dim=%d backend=%s precision=%s attention=%s compiled=%s tokenizer=%s batch_tokens=%d "
+        "probed: %s",
+        facts.name, facts.full_dim, facts.backend, facts.precision, facts.attention, facts.compiled,
+        facts.tokenizer, facts.batch_tokens, choose.told(facts.probe),
     )  # fmt: skip
     begun = {**fixed, **_resolved_fields(facts), "asked": _asked(spec), "facts": asdict(facts)}
     return ledger.begin(root, begun)
@@ -263,6 +264,7 @@ def _resolved_fields(facts: Facts) -> dict[str, Any]:
         "model.backend": facts.backend,
         "model.precision": facts.precision,
         "model.attention": facts.attention,
+        "model.compiled": facts.compiled,
         "model.max_tokens": facts.max_tokens,
         "model.batch_tokens": facts.batch_tokens,
         "model.prompts.document": facts.prompts["document"],

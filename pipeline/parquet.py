@@ -72,9 +72,8 @@ class Parquet:
 
     def batches(self, groups: Sequence[int], columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """These columns of these row groups; DataError where the pages are not what the footer says."""
-        sizes = [self._batch_rows(group, columns) for group in groups]
-        for group, rows in zip(groups, sizes, strict=True):
-            read = 0
+        for group in groups:
+            rows, read = self._batch_rows(group, columns), 0
             for batch in self.file.iter_batches(rows, row_groups=[group], columns=list(columns)):
                 read += batch.num_rows
                 yield batch

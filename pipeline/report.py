@@ -267,8 +267,12 @@ def _throughput(facts: Facts) -> Section:
     source = "Wall-clock seconds of the longest run of each stage; a resumed run counts its own part only."
     model = facts.generation["model"]
     speed = meters.speed(embed, model["flops"], model["peak_flops"])
+    compiled = ", compiled" if model.get("compiled") else ""
     facts_of = [
-        ("backend", f"{model['backend']}, {model['precision']}, {model['attention']}, ids by {model['tokenizer']}"),
+        (
+            "backend",
+            f"{model['backend']}, {model['precision']}, {model['attention']}{compiled}, ids by {model['tokenizer']}",
+        ),
         ("tokens per second and worker, in forward", f"{speed.tokens_per_second:,.0f}"),
         (
             "share of the measured matrix rate used (MFU)",

@@ -285,7 +285,8 @@ class _Run:
             "model": {
                 "name": facts.name, "revision": facts.revision, "digest": facts.digest, "full_dim": facts.full_dim,
                 "backend": facts.backend, "precision": facts.precision, "attention": facts.attention,
-                "tokenizer": facts.tokenizer, "max_tokens": facts.max_tokens, "batch_tokens": facts.batch_tokens,
+                "compiled": facts.compiled, "tokenizer": facts.tokenizer, "max_tokens": facts.max_tokens,
+                "batch_tokens": facts.batch_tokens,
                 "prompts": dict(facts.prompts), "probe": dict(facts.probe), "flops": list(facts.flops),
                 "peak_flops": facts.peak_flops,
             },

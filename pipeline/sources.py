@@ -9,9 +9,11 @@ import glob
 import hashlib
 import io
 import zlib
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -183,11 +185,12 @@ def _column_names(file: SourceFile) -> list[str]:
 
 
 class Reader:
-    """Reads ranges of rows; a line format is read onward when the next range begins where the last one ended."""
+    """Reads ranges of rows; a file is read onward where the next range begins behind the last one."""
 
     def __init__(self, columns: Sequence[str]) -> None:
         self._columns = list(columns)
         self._at: tuple[str, int, Iterator[Any]] | None = None
+        self._open: tuple[str, Parquet] | None = None
 
     def read(self, file: SourceFile, start: int = 0, stop: int | None = None) -> Iterator[RawBatch]:
         """Rows start … stop (None: to the end) in batches. DataError where the file cannot be read."""
@@ -201,14 +204,21 @@ class Reader:
                 yield from self._lines(file, start, stop)
 
     def _parquet(self, file: SourceFile, start: int, stop: int | None) -> Iterator[RawBatch]:
-        source, first, skipped = opened(file), 0, 0
-        wanted: list[int] = []
-        for group, rows in enumerate(source.groups):
-            if first + rows > start and (stop is None or first < stop):
-                skipped = skipped if wanted else first
-                wanted.append(group)
-            first += rows
-        yield from self._arrow(source.batches(wanted, self._columns), file, skipped, start, stop)
+        if self._open is None or self._open[0] != file.path:
+            self._open = (file.path, opened(file))
+        source = self._open[1]
+        ends = list(accumulate(source.groups))
+        group = bisect_right(ends, start)
+        first = ends[group - 1] if group else 0
+        if self._at is None or self._at[0] != file.path or not first <= self._at[1] <= start:
+            self._at = (file.path, first, source.batches(range(group, len(ends)), self._columns))
+        _, position, batches = self._at
+        self._at = None  # until this range is read to its end
+        rest = yield from self._arrow(batches, file, position, start, stop)
+        if stop is not None:
+            if stop in ends:  # a row group ends with its check
+                rest = [*rest, *islice(batches, 1)]
+            self._at = (file.path, stop, chain(rest, batches))
 
     def _lance(self, file: SourceFile, start: int, stop: int | None) -> Iterator[RawBatch]:
         table = store.open_table(file.path)
@@ -218,7 +228,8 @@ class Reader:
 
     def _arrow(
         self, batches: Iterator[pa.RecordBatch], file: SourceFile, position: int, start: int, stop: int | None
-    ) -> Iterator[RawBatch]:
+    ) -> Generator[RawBatch, None, list[pa.RecordBatch]]:
+        """Rows start … stop of batches that begin at `position`; returns what is left of the last one."""
         unpacked = 0
         for batch in batches:
             low = max(start - position, 0)
@@ -233,6 +244,9 @@ class Reader:
                 bad = {row: why for column in columns.values() for row, why in parquet.too_long(column).items()}
                 yield RawBatch(position + low, part.num_rows, columns, bad)
             position += batch.num_rows
+            if stop is not None and position >= stop:
+                return [batch.slice(high)] if high < batch.num_rows else []
+        return []
 
     def _lines(self, file: SourceFile, start: int, stop: int | None) -> Iterator[RawBatch]:
         if self._at is None or self._at[0] != file.path or self._at[1] > start:

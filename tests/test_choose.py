@@ -115,6 +115,30 @@ def test_a_verdict_is_kept_by_machine_and_model(minilm, timed, monkeypatch):
     assert len(count) > probed
 
 
+@pytest.mark.parametrize(
+    ("rows", "taken"),
+    [(0, Choice("torch", "bfloat16", "packed")), (choose.COMPILED_ROWS, Choice("torch", "bfloat16", "packed", True))],
+)
+def test_on_a_gpu_compiling_is_tried_where_it_can_pay(minilm, monkeypatch, rows, taken):
+    monkeypatch.setattr(minilm, "device", "cuda")
+    monkeypatch.setattr(choose, "_processor", lambda base: "a GPU")
+    speeds = {"packed": 20, "compiled": 30}
+    monkeypatch.setattr(choose, "build", lambda base, choice, prompt, graph=None: choice)
+
+    def clock(self, encoder, texts):
+        rate = speeds.get(encoder.name.split("/")[-1], 15) if isinstance(encoder, Choice) else 10
+        return np.eye(len(texts), 8) + 1, rate
+
+    monkeypatch.setattr(choose._Probe, "_timed", clock)
+    for _ in range(2):  # probed, then kept
+        assert choose.choose(minilm, wanted(backend="torch"), TEXTS, "", 512, rows).choice == taken
+
+
+def test_names_of_choices():
+    assert Choice("torch", "float16").name == "torch/float16"
+    assert Choice("torch", "float16", "packed", True).name == "torch/float16/packed/compiled"
+
+
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"choice": {"backend": "torch"}}', '{"choice": 7, "figures": 1}'])
 def test_a_damaged_verdict_is_made_anew(minilm, timed, tmp_path, damage):
     count = timed(**QUICK)

@@ -10,8 +10,9 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, strategies as st
 
-from pipeline import corpus, docstrings, ids, rows, sources, storage
+from pipeline import corpus, docstrings, ids, parquet, rows, sources, storage
 from pipeline.errors import DataError
 from pipeline.spec import Corpus, Workers
 from pipeline.storage import Root
@@ -268,6 +269,69 @@ def test_line_formats_are_read_onward(tmp_path):
     got = [[name for raw in reader.read(file, *one) for name in raw.columns["_id"]] for one in ranges]
     ids = corpus_frame()["_id"].to_list()
     assert got == [ids[start:stop] for start, stop in ranges]
+
+
+@given(
+    groups=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    cuts=st.lists(st.tuples(st.integers(0, 120), st.integers(0, 120) | st.none()), min_size=1, max_size=6),
+    in_order=st.booleans(),
+)
+def test_any_ranges_of_a_parquet_file_are_the_rows_asked_for(tmp_path_factory, groups, cuts, in_order):
+    path = tmp_path_factory.mktemp("ranges") / "c.parquet"
+    names = [f"d{number}" for number in range(sum(groups))]
+    write_groups(path, names, groups)
+    ranges = [(start, stop) for start, stop in cuts if stop is None or start < stop <= len(names)]
+    reader, file = sources.Reader(["_id"]), sources.resolve([str(path)])[0]
+    for start, stop in sorted(ranges, key=lambda one: one[0]) if in_order else ranges:
+        got = list(reader.read(file, start, stop))
+        assert [name for raw in got for name in raw.columns["_id"].to_pylist()] == names[start:stop]
+        assert [raw.start for raw in got][:1] == [start][: len(got)]
+
+
+def write_groups(path, names, groups):
+    table, first = pa.table({"_id": names}), 0
+    with pq.ParquetWriter(path, table.schema) as writer:
+        for rows in groups:
+            writer.write_table(table.slice(first, rows), row_group_size=rows)
+            first += rows
+
+
+def test_a_row_group_is_decoded_once_for_all_shards_of_one_worker(tmp_path, monkeypatch):
+    path, names = tmp_path / "c.parquet", [f"d{number}" for number in range(3 * parquet.BATCH_ROWS)]
+    write_groups(path, names, [len(names)])
+    decoded = []
+    batches = parquet.Parquet.batches
+
+    def counted(self, groups, columns):
+        for batch in batches(self, groups, columns):
+            decoded.append(batch.num_rows)
+            yield batch
+
+    monkeypatch.setattr(parquet.Parquet, "batches", counted)
+    reader, file = sources.Reader(["_id"]), sources.resolve([str(path)])[0]
+    for start in range(0, len(names), 1000):
+        stop = min(start + 1000, len(names))
+        assert sum(raw.count for raw in reader.read(file, start, stop)) == stop - start
+    assert sum(decoded) == len(names)
+
+
+@pytest.mark.parametrize("lie", [-1, 1])
+@pytest.mark.parametrize("one_reader", [True, False])
+def test_a_row_group_of_other_rows_than_its_footer_says_is_found_where_it_ends(tmp_path, monkeypatch, lie, one_reader):
+    path = tmp_path / "c.parquet"
+    write_groups(path, [f"d{number}" for number in range(80)], [40, 40])
+    init = parquet.Parquet.__init__
+
+    def lying(self, handle, name):
+        init(self, handle, name)
+        self.groups = [40 + lie, 40 - lie]
+
+    monkeypatch.setattr(parquet.Parquet, "__init__", lying)
+    reader, file = sources.Reader(["_id"]), sources.resolve([str(path)])[0]
+    with pytest.raises(DataError, match="row group 0 has 40 rows, its footer says"):
+        for start, stop in [(0, 20), (20, 40 + lie)]:
+            reader = reader if one_reader else sources.Reader(["_id"])
+            list(reader.read(file, start, stop))
 
 
 def test_docstrings_are_found_by_reading(tmp_path, monkeypatch):

@@ -340,6 +340,36 @@ def test_the_kernels_path_compiles_without_a_break(load, monkeypatch):
     assert torch.allclose(packed_vectors(model, ids, offsets), plain, atol=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["mean", "cls", "weightedmean"])
+def test_the_mean_over_a_text_is_that_of_sentence_transformers(load, mode):
+    model = load("bert", mode)
+    ids, offsets = tokens(model)
+    packed.enable(model)
+    wanted = packed_vectors(model, ids, offsets)
+    theirs = model[1]
+    model[1] = packed.pooling(theirs)
+    assert (model[1] is theirs) == (mode != "mean")
+    assert torch.allclose(packed_vectors(model, ids, offsets), wanted, atol=1e-6)
+    packed.disable(model)
+    assert np.allclose(model.encode(texts()), wanted, atol=1e-5)
+
+
+def test_a_sum_in_another_order_changes_no_bit_of_the_mean():
+    """What atomics do: pooling sees the tokens of one text in one order, whoever stands beside it."""
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    mean = packed.pooling(Pooling(8, "mean"))
+    flat = torch.randn(1, 100, 8, generator=torch.Generator().manual_seed(0))
+
+    def run(start, stop):
+        return mean(
+            {"token_embeddings": flat[:, start:stop], "cu_seq_lens_q": torch.tensor([0, 40 - start, stop - start])}
+        )
+
+    assert torch.equal(run(0, 100)["sentence_embedding"][1], run(20, 100)["sentence_embedding"][1])
+    assert torch.allclose(run(0, 100)["sentence_embedding"][1], flat[0, 40:].mean(0), atol=1e-6)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("kind", FITTING)
 def test_on_a_gpu_the_kernel_agrees_with_padded_batches(load, kind):
@@ -390,6 +420,37 @@ def test_the_encoder_at_half_precision_is_judged_by_float32(encoder, monkeypatch
     base.variant("bfloat16", "packed")
     base.variant("float32", "packed")
     assert asked == [(150, base.model), (150, None)]
+
+
+@pytest.fixture
+def compiled_in_name(monkeypatch):
+    """Traced, but run by torch itself: no C++ compiler is needed."""
+    monkeypatch.setattr(packed, "COMPILER", "eager")
+    monkeypatch.setattr(packed, "COMPILER_OPTIONS", {})
+    monkeypatch.setattr(packed, "_plain", torch.compiler.disable(packed._plain))
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert", "qwen3"])
+def test_a_compiled_encoder_gives_what_the_packed_one_gives(encoder, compiled_in_name, kind):
+    from pipeline.encoders.batches import encode_rows
+
+    base = encoder(kind)
+    compiled = base.variant("bfloat16", "packed", compiled=True)
+    wanted = encode_rows(base.variant("bfloat16", "packed"), texts(), "document", "", 60)
+    got = encode_rows(compiled, texts(), "document", "", 60)
+    assert np.abs(got.vectors - wanted.vectors).max() < 1e-2
+    assert got.failed == {}
+
+
+def test_a_model_that_cannot_be_compiled_is_refused_at_once(encoder, compiled_in_name, monkeypatch):
+    from pipeline.errors import SpecError
+
+    def no_compiler(graph, inputs):
+        raise RuntimeError("no C++ compiler here")
+
+    monkeypatch.setattr(packed, "COMPILER", no_compiler)
+    with pytest.raises(SpecError, match="bert cannot be compiled: .*no C"):
+        encoder("bert").variant("bfloat16", "packed", compiled=True)
 
 
 def test_the_encoder_refuses_what_is_not_proven(encoder):

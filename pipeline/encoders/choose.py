@@ -34,7 +34,7 @@ PROBE_SECONDS = 4.0
 """What float32 may take for them: a slow model is probed on fewer rows."""
 WARM_ROWS = 16
 COMPILED_ROWS = 1_000_000
-"""A compiled model is probed from so many on: 4 to 8 s of each worker's start for 10 to 16 % less time (H100)."""
+"""A compiled model is probed from so many on: it costs 4 to 8 s of each worker's start for about 12 % (an H100)."""
 WORTH_IT = 1.15
 """`auto` leaves float32 only for at least this speed-up, so that noise does not decide (assumed)."""
 INT8_HOPE = 0.999

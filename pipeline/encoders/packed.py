@@ -142,7 +142,7 @@ _HAS_KERNEL = False
 def compile_layers(model: Any) -> None:
     """Fuse what stands around the matrix products of each layer; a batch may have any size.
 
-    Layers share their code, so that one is compiled. On an H100 7.2 became 8.4 M tokens/s for MiniLM's shape.
+    Layers share their code, so that one is compiled.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 

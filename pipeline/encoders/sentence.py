@@ -244,7 +244,8 @@ class SentenceEncoder:
         try:
             self.begin(self.tokenizer(COMPILED_TEXTS), "document", "")()
         except Exception as error:  # whatever the compiler or its tools raise
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            inner = getattr(error, "inner_exception", error)
+            reason = (str(inner).strip().splitlines() or [type(inner).__name__])[0]
             raise SpecError(f"model: {self.folder.name} cannot be compiled: {reason[:200]}") from error
 
     def _halved(self, module: Any, precision: str) -> Any:
