@@ -9,6 +9,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -33,7 +34,7 @@ from pipeline.encoders import choose
 from pipeline.encoders.models import ModelFolder
 from pipeline.errors import DataError, PipelineError, SpecError
 from pipeline.ledger import Ledger, Record, Slot
-from pipeline.merge import Group
+from pipeline.merge import Group, Merger
 from pipeline.sources import Shard
 from pipeline.spec import JobSpec
 from pipeline.storage import Root
@@ -97,20 +98,21 @@ def run(
         names = [shard.name for shard in open_]
         slots = book.slots(names, is_whole)
         todo = [(shard, slot.name) for shard, slot in zip(open_, slots, strict=True) if slot.record is None]
-        if todo:
-            setup = partial(Embedder, spec, folder, root, types)
-            with pool.team(setup, on_progress, gpus=True, lookahead=LOOKAHEAD) as team:
-                standing = standing or _begin(
-                    spec, team.call(Resolve(shards[0], sum(shard.rows for shard in shards))), fixed, root
-                )
+        with ExitStack() as stack:
+            workers: Callable[[], AbstractContextManager[Team]] = partial(pool.team, partial(Merger, root))
+            if todo:
+                setup = partial(Embedder, spec, folder, root, types)
+                team = stack.enter_context(pool.team(setup, on_progress, gpus=True, lookahead=LOOKAHEAD))
+                total = sum(shard.rows for shard in shards)
+                standing = standing or _begin(spec, team.call(Resolve(shards[0], total)), fixed, root)
                 _embed(todo, Facts(**standing["facts"]), team)
-            slots = book.slots(names)
-        assert standing is not None
-        done = dict(zip(names, slots, strict=True))
-        _check_budget(spec, shards, _records(groups, merged, done))
-        check_corpus()
-        _, schema = _looks(spec, types, standing)
-        merged = merge.run(groups, merged, done, schema, root, pool)
+                slots, workers = book.slots(names), lambda: nullcontext(team)
+            assert standing is not None
+            done = dict(zip(names, slots, strict=True))
+            _check_budget(spec, shards, _records(groups, merged, done))
+            check_corpus()
+            _, schema = _looks(spec, types, standing)
+            merged = merge.run(groups, merged, done, schema, root, workers)
         seal = book.slot(_seal(merge.newest(root, groups)), is_whole)
         if seal.record is None:
             seal = Slot(seal.name, book.add(seal.name, _sealed(groups, merged, done, root)))

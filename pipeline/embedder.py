@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import rows, store
+from pipeline import merge, rows, store
 from pipeline.encoders import choose, meters
 from pipeline.encoders.batches import Encoded, Encoder, OnBatch, Prepared, encode, encode_rows, prepare
 from pipeline.encoders.choose import Choice
@@ -25,6 +25,7 @@ from pipeline.encoders.sentence import SentenceEncoder
 from pipeline.encoders.tokens import PLAIN
 from pipeline.errors import DataError
 from pipeline.ledger import Ledger, Record
+from pipeline.merge import Merger
 from pipeline.sources import Reader, Shard
 from pipeline.spec import JobSpec
 from pipeline.storage import Root
@@ -153,10 +154,12 @@ class Embedder:
         self._encoder: Encoder | None = None
         self._lock = threading.Lock()
 
-    def __call__(self, item: Resolve | Work | Trial) -> Any:
-        """The facts, the record of a shard, or how many texts it has."""
+    def __call__(self, item: Resolve | Work | Trial | merge.Work) -> Any:
+        """The facts, the record of a shard, how many texts it has, or the record of a merge."""
         if isinstance(item, Resolve):
             return self._device(self._resolve, item)[0]
+        if isinstance(item, merge.Work):
+            return self._writing(Merger(self._root, self._threads), item)[0]
         return self._try(item) if isinstance(item, Trial) else self._work(item)
 
     def encoder(self, facts: Facts) -> Encoder:

@@ -8,7 +8,8 @@ digests of their shards stay what they were.
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +20,7 @@ from pipeline.ledger import Ledger, Record, Slot
 from pipeline.sources import Shard
 from pipeline.storage import Root
 from pipeline.tables import DOCUMENTS
-from pipeline.workers import Pool
+from pipeline.workers import Team
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +48,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Work:
-    """A group to merge: the slot of its record, and those of its shards' records, in order."""
+    """A group to merge: the slot of its record, those of its shards' records, in order, and the table's schema."""
 
     name: str
     shards: tuple[str, ...]
+    schema: pa.Schema
 
 
 def groups(shards: Sequence[Shard]) -> list[Group]:
@@ -99,22 +101,23 @@ def run(
     slots: Mapping[str, Slot],
     schema: pa.Schema,
     root: Root,
-    pool: Pool,
+    workers: Callable[[], AbstractContextManager[Team]],
 ) -> dict[str, Record]:
     """Merge every group that `merged` lacks; the record of each. Files of the shards are gone when this returns.
 
-    `slots` are of the shards, by name; all of them are done. DamageError where a shard's file is not what it was.
+    `slots` are of the shards, by name; all of them are done. `workers` are asked for where there is work; their
+    handler is a `Merger` or leaves the work to one. DamageError where a shard's file is not what it was.
     """
     records = dict(merged)
     _drop_shards(root, records.values())
     joint = [group for group in groups if group.is_joint and group.name not in merged]
     places = _book(root).slots([group.name for group in joint], partial(_is_whole, root))
     todo = [
-        Work(place.name, tuple(slots[shard.name].name for shard in group.shards))
+        Work(place.name, tuple(slots[shard.name].name for shard in group.shards), schema)
         for place, group in zip(places, joint, strict=True)
     ]
     if todo:
-        with pool.team(partial(Merger, root, schema)) as team:
+        with workers() as team:
             for record in team.map(todo):
                 _drop_shards(root, [record])
                 records[record["group"]] = record
@@ -129,8 +132,8 @@ def run(
 class Merger:
     """Reads the shards of a group, a batch at a time, and writes one fragment of them."""
 
-    def __init__(self, root: Root, schema: pa.Schema, threads: int) -> None:
-        self._root, self._schema = root, schema
+    def __init__(self, root: Root, threads: int) -> None:
+        self._root = root
 
     def __call__(self, work: Work) -> Record:
         """The record of a group."""
@@ -144,7 +147,7 @@ class Merger:
         store.check_files(self._root, DOCUMENTS, files)
         rows = sum(record["rows"] for record in records)
         content = store.Stored([self._root / store.data_name(DOCUMENTS, path) for path in files], rows)
-        written = store.write_fragments(self._root, DOCUMENTS, content, self._schema, f"merge/{work.name}")
+        written = store.write_fragments(self._root, DOCUMENTS, content, work.schema, f"merge/{work.name}")
         return {
             "group": work.name.partition("~")[0],
             "rows": rows,

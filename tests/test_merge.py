@@ -154,7 +154,7 @@ def test_every_value_and_null_survives_and_no_batch_is_large(tmp_path, monkeypat
     files = [path for number in range(3) for path in book.slot(str(number)).done["files"]]
     batches = list(store.Stored([root / store.data_name("documents", one) for one in files], 20).reader(schema))
     assert [batch.num_rows for batch in batches] == [7, 2, 7, 4]
-    record = merge.Merger(root, schema, 1)(merge.Work("0", ("0", "1", "2")))
+    record = merge.Merger(root, 1)(merge.Work("0", ("0", "1", "2"), schema))
     assert len(record["files"]) == len(record["fragments"]) == 1 and record["rows"] == 20
     store.commit(root, "documents", schema, record["fragments"])
     opened = lance.dataset(str(root / DOCUMENTS))
@@ -299,9 +299,9 @@ def test_a_merge_that_is_done_is_not_done_again(tmp_path):
     root = Root(tmp_path / "root", fence=1)
     storage.prepare(root)
     standing = Ledger(root, "merge").add("0", {"group": "0", "rows": 1})
-    assert merge.Merger(root, pa.schema([]), 1)(merge.Work("0", ("0", "1"))) == standing
+    assert merge.Merger(root, 1)(merge.Work("0", ("0", "1"), pa.schema([]))) == standing
     with pytest.raises(AssertionError, match="0 has no record"):
-        merge.Merger(root, pa.schema([]), 1)(merge.Work("1", ("0", "1")))
+        merge.Merger(root, 1)(merge.Work("1", ("0", "1"), pa.schema([])))
 
 
 def test_shards_go_only_when_the_merge_is_on_disk_for_sure(job, monkeypatch):

@@ -208,7 +208,7 @@ class SimTeam(Team):
 
         def work() -> Any:
             is_merge = isinstance(item, merge.Work)
-            return (merge.Merger(self._root, pa.schema([]), 1) if is_merge else StubEmbedder(self._root))(item)
+            return (merge.Merger(self._root, 1) if is_merge else StubEmbedder(self._root))(item)
 
         for _ in range(tries):
             workers = [world.start(driver.host, work)]
