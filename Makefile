@@ -13,13 +13,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: embed test setup lint schemas faults bench-search bench-embed clean help
+.PHONY: embed submit test setup lint schemas faults bench-search bench-embed clean help
 
 help:            ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /	/'
 
 embed: $(READY)  ## run a job: make embed JOB=jobs/demo.yaml
 	$(BIN)/matryoshka run $(JOB)
+
+submit: $(READY) ## send a job to a Ray cluster: make submit JOB=jobs/squad.yaml ARGS="--address http://HEAD:8265"
+	$(BIN)/matryoshka submit $(JOB) $(ARGS)
 
 test: $(READY)   ## run the tests
 	$(BIN)/python -m pytest

@@ -11,7 +11,7 @@ import polars as pl
 import typer
 from rich.table import Table
 
-from pipeline import corpus, embed, ledger, lock, plan, querylog, stopping, verify
+from pipeline import corpus, embed, ledger, lock, plan, querylog, stopping, submit, verify
 from pipeline.cascade import Level
 from pipeline.errors import DamageError, PipelineError, SpecError, StaleError
 from pipeline.run import Stage, check, run as run_job
@@ -30,6 +30,7 @@ from pipeline.terminal import (
     print_hits,
     print_json,
     print_log,
+    print_output,
     print_plan,
     print_steps,
     watched,
@@ -107,6 +108,33 @@ def run_command(
         if is_new:
             _examples(spec, generation)
         _next(spec, job)
+
+
+@app.command("submit")
+def submit_command(
+    job: Job,
+    sets: Sets = None,
+    address: Annotated[
+        str | None, typer.Option(help="http://HEAD:8265; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, this machine")
+    ] = None,
+    env: Annotated[list[str] | None, typer.Option(help="a variable's name, passed with its value; repeatable")] = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="follow the job to its end")] = True,
+) -> None:
+    """Send the run to a Ray cluster, tell what it tells, end with its exit code."""
+    configure_logging(None)
+    spec = JobSpec.load(job, sets or ())
+    for sentence in submit.check(spec):
+        err.print(f"[yellow]warning:[/] {plain(sentence)}", soft_wrap=True)
+    sent = submit.submit(job, spec, sets or (), address, submit.environment(env or ()))
+    if not wait:
+        out.print(f"{plain(sent.id)}\n{plain(sent.hint)}")
+        return
+    err.print(f"submitted {plain(sent.id)}", soft_wrap=True)
+    try:
+        sys.exit(sent.follow(print_output))
+    except stopping.Stopped as stop:
+        err.print(f"{plain(sent.id)} goes on without this command; {plain(sent.hint)}", soft_wrap=True)
+        sys.exit(128 + stop.args[0])
 
 
 @app.command()

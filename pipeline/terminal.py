@@ -68,6 +68,12 @@ def print_json(value: Any, indent: int | None = 2) -> None:
     sys.stdout.write(json_text(value, indent) + "\n")
 
 
+def print_output(text: str) -> None:
+    """What another process wrote, as it comes."""
+    sys.stdout.write("\n".join(map(shown, text.split("\n"))))
+    sys.stdout.flush()
+
+
 def print_hits(hits: pl.DataFrame) -> None:
     """Hits as lines: rank, score, id, the beginning of the text."""
     for hit in hits.iter_rows(named=True):

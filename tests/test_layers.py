@@ -29,7 +29,7 @@ LEVELS = [
     {"rows", "queries", "drift", "views", "merge"},
     {"embedder", "levels"},
     {"corpus", "embed", "export", "fit", "derive", "index", "cascade", "cache"},
-    {"anytime", "hybrid"},
+    {"anytime", "hybrid", "submit"},
     {"search", "lessons"},
     {"sweep"},
     {"evaluate", "sample"},
@@ -40,7 +40,7 @@ LEVELS = [
 ]
 LEVEL = {module: number for number, level in enumerate(LEVELS) for module in level}
 ALLOWED = {
-    "ray": {"workers"},
+    "ray": {"workers", "submit"},
     "lancedb": {"index", "search", "store"},
     "lance": {"index", "search", "store", "reread"},
     "faiss": {"resident"},
