@@ -37,9 +37,10 @@ from pipeline.levels import (
     uncovered,
 )
 from pipeline.margin import WIDEST, Line, Stopping
+from pipeline.nested import check_blocks, check_cascade
 from pipeline.predictor import Predictor
 from pipeline.resident import Held
-from pipeline.spec import Engine, Stop, check_blocks, check_cascade
+from pipeline.spec import Engine, Stop
 from pipeline.storage import Root, kept_name
 from pipeline.tables import DOCUMENTS, PARAMETERS, TableInfo, matrices, vector_matrix
 from pipeline.transform import Transform

@@ -5,11 +5,12 @@ unit query prefix of d numbers. Product and squared length are sums over blocks,
 table reads only the blocks that are new. All functions are pure.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.sentences import nearest
 from pipeline.vectors import MIN_NORM, Matrix, vector_columns
 
 
@@ -61,3 +62,34 @@ def products(scored: Matrix, squared: Matrix, queries: Matrix, dim: int) -> Matr
     shrunk = np.linalg.norm(queries[:, :dim], axis=1, keepdims=True)
     lengths = np.sqrt(squared)
     return np.asarray(scored * np.where(lengths < MIN_NORM, np.float32(1), lengths) * shrunk, np.float32)
+
+
+def check_cascade(levels: Sequence[tuple[str, int]], tables: Sequence[str]) -> None:
+    """Raise ValueError where a level names no table or a shortlist rises."""
+    for number, (table, shortlist) in enumerate(levels):
+        if table not in tables:
+            raise ValueError(f"cascade: no table {table!r}{nearest(table, tables)}; tables: {', '.join(tables)}")
+        if shortlist < 1:
+            raise ValueError(f"cascade: shortlist must be at least 1, not {shortlist} at {table}")
+        if number and shortlist > levels[number - 1][1]:
+            raise ValueError(
+                f"cascade: shortlist rises from {levels[number - 1][1]} to {shortlist} at {table}; "
+                "each level must keep at most what the one before found"
+            )
+
+
+def check_blocks(levels: Sequence[tuple[str, int | None]], blocks: Mapping[str, Sequence[int]]) -> None:
+    """Raise ValueError where a level's dim (None: all) is no end of a block, or reads nothing new of its table."""
+    reached: dict[str, int] = {}
+    for table, dim in levels:
+        ends = blocks.get(table, ())
+        if dim is not None and dim not in ends:
+            known = f"its blocks end at {', '.join(map(str, ends))}" if ends else "it has no blocks; leave dim out"
+            raise ValueError(f"cascade: {table} cannot be read at dim {dim}: {known}")
+        if ends:
+            dim = dim or ends[-1]
+            if dim <= reached.get(table, 0):
+                raise ValueError(
+                    f"cascade: dim goes from {reached[table]} to {dim} at {table}; each level must go further"
+                )
+            reached[table] = dim

@@ -77,7 +77,7 @@ def run(spec: JobSpec, first: Stage = "corpus", last: Stage = "report", on_stage
     root = Root(Path(spec.root))
     folder = check(spec)
     storage.prepare(root)
-    with lock.lock(root) as held, Pool(spec.workers) as pool:
+    with lock.lock(root) as held, Pool(spec.workers, spec.name, held) as pool:
         return _Run(spec, held, folder, pool, on_stage).go(first, last)
 
 
@@ -97,6 +97,7 @@ class _Run:
         self.pool.closed = (
             "" if asked_for else f"{self.root.path}: stage {name} is not finished; run without --from {self.first}"
         )
+        self.pool.stage = name
         start = time.perf_counter()
         self.on_stage(name, rows, Progress())
         yield lambda progress: self.on_stage(name, rows, progress)

@@ -1,8 +1,9 @@
 """What is wrong with a spec, in one sentence: the field, what was given, what is allowed, the nearest name."""
 
 import difflib
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -14,10 +15,30 @@ IDENTITY = re.compile(r"(:/{1,2})(?:[^/\s]*|\S*:\S*)@")
 QUERY = re.compile(r"([?&;](?!(?:region|scheme|endpoint_override)=)[\w.%-]+=)[^\s&;]+")
 """A value in the query of a URL: a signature or a key, except for those that pyarrow takes for S3."""
 
+SECRET_NAMES = re.compile("TOKEN|SECRET|PASSW|CREDENTIAL|KEY|SAS|SIGNATURE", re.IGNORECASE)
+"""Environment variables whose values are told nowhere; also those that PASSED lists."""
+PASSED = "MATRYOSHKA_PASSED"
+MIN_SECRET = 6
+"""Characters; a shorter value is in every text."""
+
 
 def masked(text: str) -> str:
     """A sentence without the secrets that a URL in it may carry."""
     return QUERY.sub(r"\1…", IDENTITY.sub(r"\1…@", text))
+
+
+def redacted(text: str) -> str:
+    """The same without the values of secret variables of this process' environment."""
+    passed = os.environ.get(PASSED, "").split(",")
+    values = {value for name, value in os.environ.items() if name in passed or SECRET_NAMES.search(name)}
+    return masked(without(text, values))
+
+
+def without(text: str, values: Iterable[str]) -> str:
+    """A text in which an ellipsis stands for each of these values, but the shortest."""
+    for value in sorted((value for value in values if len(value) >= MIN_SECRET), key=len, reverse=True):
+        text = text.replace(value, "…")
+    return text
 
 
 def secret(values: Any) -> str | None:

@@ -8,11 +8,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from pipeline.errors import SpecError
-from pipeline.sentences import explain, nearest, secret
-from pipeline.values import parse, put
+from pipeline.nested import check_blocks, check_cascade
+from pipeline.sentences import explain, secret
+from pipeline.values import parse, put, size
 from pipeline.vectors import Precision, bytes_per_row, vector_columns
 
 Auto = Literal["auto"]
@@ -275,13 +285,40 @@ class Evaluate(Section):
         return self
 
 
+class Range(Section):
+    """Workers that come and go."""
+
+    min: int = Field(1, ge=1, description="as many are asked for, also where a node has yet to come")
+    max: int = Field(ge=1, description="up to so many are asked for while shards wait")
+
+    @model_validator(mode="after")
+    def _rises(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is more than max {self.max}; swap them")
+        return self
+
+
+Bytes = Annotated[int, Field(ge=1), BeforeValidator(size, json_schema_input_type=int | str)]
+Count = Annotated[
+    Annotated[Auto | Annotated[int, Field(ge=0)], Tag("one-count")] | Annotated[Range, Tag("a-range")],
+    Discriminator(lambda value: "a-range" if isinstance(value, Mapping | Range) else "one-count"),
+]
+"""Tags with a hyphen are left out where a sentence names the field."""
+
+
 class Workers(Section):
     """Who does the work."""
 
-    count: Auto | Annotated[int, Field(ge=0)] = Field(
-        "auto", description="auto: one per GPU, else one per four cores; 0: in this process, without Ray"
+    count: Count = Field(
+        "auto",
+        description="auto: one per GPU, else one per four cores; 0: in this process, without Ray; "
+        "{min, max}: as nodes come and go",
     )
     gpus: Auto | Annotated[float, Field(ge=0)] = Field("auto", description="GPUs per worker")
+    cpus: Auto | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="cores, and threads, per worker; auto: workers x cores are those of the nodes"
+    )
+    memory: Bytes | None = Field(None, description='reserved per worker, in bytes or like "4GB"; null: not counted')
     address: Word | None = Field(None, description="a Ray cluster; null: started here")
 
 
@@ -357,34 +394,3 @@ class JobSpec(Section):
             return cls.model_validate(values)
         except ValidationError as error:
             raise SpecError(f"{origin}: {explain(cls, error)}") from None
-
-
-def check_cascade(levels: Sequence[tuple[str, int]], tables: Sequence[str]) -> None:
-    """Raise ValueError where a level names no table or a shortlist rises."""
-    for number, (table, shortlist) in enumerate(levels):
-        if table not in tables:
-            raise ValueError(f"cascade: no table {table!r}{nearest(table, tables)}; tables: {', '.join(tables)}")
-        if shortlist < 1:
-            raise ValueError(f"cascade: shortlist must be at least 1, not {shortlist} at {table}")
-        if number and shortlist > levels[number - 1][1]:
-            raise ValueError(
-                f"cascade: shortlist rises from {levels[number - 1][1]} to {shortlist} at {table}; "
-                "each level must keep at most what the one before found"
-            )
-
-
-def check_blocks(levels: Sequence[tuple[str, int | None]], blocks: Mapping[str, Sequence[int]]) -> None:
-    """Raise ValueError where a level's dim (None: all) is no end of a block, or reads nothing new of its table."""
-    reached: dict[str, int] = {}
-    for table, dim in levels:
-        ends = blocks.get(table, ())
-        if dim is not None and dim not in ends:
-            known = f"its blocks end at {', '.join(map(str, ends))}" if ends else "it has no blocks; leave dim out"
-            raise ValueError(f"cascade: {table} cannot be read at dim {dim}: {known}")
-        if ends:
-            dim = dim or ends[-1]
-            if dim <= reached.get(table, 0):
-                raise ValueError(
-                    f"cascade: dim goes from {reached[table]} to {dim} at {table}; each level must go further"
-                )
-            reached[table] = dim

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from pipeline.errors import PipelineError, SpecError
-from pipeline.sentences import masked
+from pipeline.sentences import PASSED, masked, without
 from pipeline.spec import JobSpec
 
 log = logging.getLogger(__name__)
@@ -34,8 +34,6 @@ LOST_SECONDS = 60.0
 """A cluster that does not answer for so long is lost."""
 CODES = range(8)
 """Exit codes of the command line that are no signal's."""
-MIN_SECRET = 6
-"""Characters from which on a passed value is blotted out of the logs; shorter ones are in every text."""
 
 Tell = Callable[[str], None]
 
@@ -76,7 +74,7 @@ def environment(names: Sequence[str]) -> dict[str, str]:
             raise SpecError(f"--env {name.partition('=')[0]}: give the name alone; the value is taken from here")
         if name not in os.environ:
             raise SpecError(f"--env {name}: no such variable is set here")
-    return {name: os.environ[name] for name in names}
+    return {name: os.environ[name] for name in names} | ({PASSED: ",".join(names)} if names else {})
 
 
 @dataclass(frozen=True)
@@ -141,9 +139,7 @@ class Submitted:
             await asyncio.sleep(POLL_SECONDS)
 
     def _masked(self, text: str) -> str:
-        for value in self.secrets:
-            text = text.replace(value, "…")
-        return masked(text)
+        return masked(without(text, self.secrets))
 
 
 def submit(path: str, spec: JobSpec, sets: Sequence[str], address: str | None, passed: Mapping[str, str]) -> Submitted:
@@ -161,12 +157,9 @@ def submit(path: str, spec: JobSpec, sets: Sequence[str], address: str | None, p
                 metadata={"job": spec.name, "root": masked(spec.root)},
             )
     except (OSError, RuntimeError, ValueError) as error:
-        reason = _first_line(error)
-        for value in passed.values():
-            reason = reason.replace(value, "…")
+        reason = without(_first_line(error), passed.values())
         raise PipelineError(f"the cluster at {told} took no job: {reason}") from None
-    secrets = tuple(sorted((value for value in passed.values() if len(value) >= MIN_SECRET), key=len, reverse=True))
-    return Submitted(identity, told, client, secrets)
+    return Submitted(identity, told, client, tuple(value for name, value in passed.items() if name != PASSED))
 
 
 def pack(folder: Path, path: str, name: str) -> None:

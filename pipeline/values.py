@@ -16,6 +16,13 @@ MAX_NODES = 10_000
 MAX_DIGITS = 100
 """Characters of a number."""
 
+UNITS = {"": 1, "b": 1} | {
+    f"{letter}{infix}b": base**power
+    for power, letter in enumerate("kmgt", 1)
+    for infix, base in (("", 1_000), ("i", 1_024))
+}
+"""Bytes."""
+
 
 def parse(text: str, origin: str) -> Any:
     """The values of a YAML text; SpecError, which begins with `origin`, where it is none or holds too much."""
@@ -54,6 +61,17 @@ def put(values: dict[str, Any], override: str) -> None:
         target[keys[-1]] = value
     else:
         raise SpecError(f"{shown}: there is no field {keys[-1]!r} in {'.'.join(keys[:-1])}")
+
+
+def size(value: Any) -> Any:
+    """Bytes of a text like "4GB" or "512 MiB"; what is no such text stays as it is. ValueError for another unit."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(\w*)", value) if isinstance(value, str) else None
+    if not found:
+        return value
+    unit = found[2].lower()
+    if unit not in UNITS:
+        raise ValueError(f"{value!r} has an unknown unit; use kB, MB, GB, TB, KiB, MiB, GiB, TiB or plain bytes")
+    return int(float(found[1]) * UNITS[unit])
 
 
 def _place(key: str) -> int:

@@ -22,7 +22,7 @@ from pipeline.reread import FORMAT, Notes
 THREADS = 2
 GENERATIONS, MANIFEST, STATE = "generations/", "manifest.json", "_state/"
 JOB, JOB_COPY, STAMPS = "_state/job.json", "_state/job.copy.json", "_state/stamps.json"
-IGNORED = ("_state/locks/", "_state/drafts/", "_state/damaged/")
+IGNORED = ("_state/locks/", "_state/drafts/", "_state/damaged/", "_state/logs/")
 COMES_AND_GOES = (*IGNORED, "_state/moves/", "_state/probe-")
 UNRECORDED = {"report.html", "query_log.parquet"}
 HINT = "/_versions/latest_version_hint.json"

@@ -1,119 +1,78 @@
-"""Who does the work: Ray actors that pull items, or this process. The only importer of ray.
+"""Who does the work: Ray actors that pull items, or this process.
 
-A handler is built once per worker by `setup(threads)` and called with one item at a time; what it returns
-is small (a receipt). A worker that dies is replaced and its item tried again.
+A worker that dies is replaced and its item tried again; one that is lost with its node is no fault of its item's.
+Workers come and go: items wait here, and go only to actors that are alive.
 """
 
-import ctypes
+import itertools
 import logging
+import math
 import os
-import pickle
-import resource
 import signal
 import threading
+import time
 import warnings
-from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType, TracebackType
-from typing import Any, Protocol
+from typing import Any
 
-from pipeline import stopping
-from pipeline.errors import DeviceLost, PipelineError, SpecError, StaleError
+from pipeline import logs, placement, stopping
+from pipeline.actor import Actor, Labels
+from pipeline.errors import DeviceLost, PipelineError, StaleError
+from pipeline.placement import Node, Plan
 from pipeline.spec import Workers
+from pipeline.storage import Root
+from pipeline.teams import (
+    MAX_TRIES,
+    Died,
+    Handler,
+    LocalTeam,
+    OnProgress,
+    Progress,
+    Setup,
+    Team,
+    called,
+    give_back_memory,
+    peak_memory_bytes,
+)
+from pipeline.telemetry import Meters
+
+__all__ = [
+    "MAX_TRIES", "Died", "Handler", "OnProgress", "Pool", "Progress", "Setup", "Team", "give_back_memory",
+    "peak_memory_bytes",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
-CORES_PER_CPU_WORKER = 4
-"""Threads of one CPU worker where the machine has them (assumed: transformers scale well to four)."""
-MAX_TRIES = 3
 POLL_SECONDS = 1.0
+TELL_SECONDS = 60.0
+"""Between two lines of the log while no worker is alive."""
+SOON_SECONDS = 20.0
+"""In which a worker comes where its node has room."""
+SAVE_SECONDS = 2.0
+"""That workers get to keep their logs before they are ended."""
+MAX_STILLBORN = 3
+"""Workers in a row that may end before they begin."""
+MAX_NODES = 6
+"""Nodes that an item may lose beside its tries, before it is held to end them itself (by memory, for one)."""
 OBJECT_STORE_BYTES = 100 * 2**20
 """Vectors never pass through the object store; receipts and samples fit."""
-
-
-@dataclass
-class Progress:
-    """What a worker has finished since it began; workers add up."""
-
-    rows: int = 0
-    tokens: int = 0
-
-
-def peak_memory_bytes() -> int:
-    """The most memory this process has held at once (resident)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-
-
-def give_back_memory() -> None:
-    """Return freed memory to the system. glibc keeps it: a worker held 1.3 GB where 0.9 were in use (measured)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-class Handler(Protocol):
-    """What a worker runs. `progress`, where present, counts within an item."""
-
-    def __call__(self, item: Any, /) -> Any:
-        """Do one item."""
-
-
-Setup = Callable[[int], Handler]
-OnProgress = Callable[[Progress], None]
-
-
-class _Worker:
-    """One actor: reads and calls `setup` at the first item, so that errors there reach the driver as they are."""
-
-    def __init__(self, setup: bytes, threads: int) -> None:
-        self._setup, self._threads = setup, threads
-        self._handler: Handler | None = None
-        self._lock = threading.Lock()
-
-    def run(self, item: Any) -> Any:
-        with self._lock:
-            if self._handler is None:
-                setup: Setup = pickle.loads(self._setup)  # noqa: S301 - made by this job's driver
-                self._handler = setup(self._threads)
-        return self._handler(item)
-
-    def progress(self) -> Progress:
-        return getattr(self._handler, "progress", Progress())
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How many workers, with how many threads and GPUs each."""
-
-    count: int
-    threads: int
-    gpus: float
-
-
-def plan(settings: Workers, cores: int, gpus: int) -> Plan:
-    """Size the workers to a machine or cluster: one per GPU, else one per four cores."""
-    each = (1.0 if gpus else 0.0) if settings.gpus == "auto" else float(settings.gpus)
-    if each > 0 and gpus == 0:
-        raise SpecError(f"workers.gpus: {each:g} per worker were asked for, no GPU is visible; use auto or 0")
-    if settings.count != "auto":
-        count = settings.count
-    elif each > 0:
-        count = max(1, int(gpus / each))
-    else:
-        count = max(1, cores // CORES_PER_CPU_WORKER)
-    if count and each * count > gpus > 0:
-        raise SpecError(f"workers: {count} workers with {each:g} GPUs each need more than the {gpus} visible")
-    return Plan(count, max(1, cores // max(count, 1)), each)
+_numbers = itertools.count(1)
+"""An actor's name is taken until Ray has forgotten it, so each has a number of its own in this process."""
 
 
 class Pool:
-    """Workers of one run; Ray starts when the first team is needed, and ends only if it was started here."""
+    """Workers of one run; Ray starts when the first team is needed, and ends only if it was started here.
 
-    def __init__(self, settings: Workers) -> None:
-        self._settings = settings
+    `job` and `stage` are what Ray and its metrics call them; their logs are kept below `root`.
+    """
+
+    def __init__(self, settings: Workers, job: str = "job", root: Root | None = None) -> None:
+        self._settings, self._job, self._root = settings, job, root
+        self.stage = "work"
         self.closed = ""  # why no work may be done now
         self._ray: ModuleType | None = None
         self._started_here = False
@@ -134,14 +93,16 @@ class Pool:
     def plan(self) -> Plan:
         """The sizes in force; starts Ray where it is used."""
         if self._plan is None:
-            self._plan = self._start()
-            log.info("workers count=%d threads=%d gpus=%g", self._plan.count, self._plan.threads, self._plan.gpus)
+            made = self._plan = self._start()
+            more = f" most={made.limit}" if made.limit > made.count else ""
+            more += f" memory_gb={made.memory / 1e9:g}" if made.memory else ""
+            log.info("workers count=%d threads=%d gpus=%g%s", made.count, made.threads, made.gpus, more)
         return self._plan
 
     def _start(self) -> Plan:
         cores = len(os.sched_getaffinity(0))
         if self._settings.count == 0:
-            return plan(self._settings, cores, 0 if self._settings.gpus == "auto" else 1)
+            return placement.plan(self._settings, [Node(cores, 0 if self._settings.gpus == "auto" else 1)])
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         import ray
@@ -166,8 +127,9 @@ class Pool:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, on_sigterm)  # Ray put its own in place
             self._started_here = True
-        resources = ray.cluster_resources()
-        return plan(self._settings, int(resources.get("CPU", 1)), int(resources.get("GPU", 0)))
+        resources = [one["Resources"] for one in ray.nodes() if one["Alive"]]
+        nodes = [Node(int(one.get("CPU", 0)), int(one.get("GPU", 0)), int(one.get("memory", 0))) for one in resources]
+        return placement.plan(self._settings, nodes)
 
     @contextmanager
     def team(
@@ -181,9 +143,10 @@ class Pool:
             raise StaleError(self.closed)
         plan = self.plan
         if self._ray is None:
-            yield LocalTeam(setup, plan, on_progress)
+            yield LocalTeam(setup, plan.threads, on_progress)
             return
-        team = RayTeam(self._ray, setup, plan, on_progress, plan.gpus if gpus else 0, lookahead)
+        labels = Labels(self._job, self.stage, self._root)
+        team = RayTeam(self._ray, setup, plan, on_progress, plan.gpus if gpus else 0, lookahead, labels)
         try:
             yield team
         finally:
@@ -191,68 +154,20 @@ class Pool:
 
 
 @dataclass(frozen=True)
-class Died:
-    """An item whose workers all died on it."""
+class _Try:
+    """An item, and the nodes on which it has lost a worker."""
 
     item: Any
-    tries: int
-    reason: str
-
-    @property
-    def sentence(self) -> str:
-        """The beginning of what to tell."""
-        return f"a worker died {self.tries} times on {_called(self.item)} ({self.reason})"
-
-
-def _called(item: Any) -> str:
-    return str(getattr(item, "name", item))
-
-
-class Team(ABC):
-    """Workers that hold the same kind of handler."""
-
-    @abstractmethod
-    def outcomes(self, items: Sequence[Any], tries: int = MAX_TRIES) -> Iterator[Any]:
-        """Do every item; results as they come, `Died` for an item that `tries` workers died on.
-
-        Raises Stopped after a signal: items at work may finish for `stopping.GRACE` seconds, no other begins.
-        """
-
-    def map(self, items: Sequence[Any]) -> Iterator[Any]:
-        """Do every item; results as they come. PipelineError where workers die on one."""
-        for outcome in self.outcomes(items):
-            if isinstance(outcome, Died):
-                raise PipelineError(f"{outcome.sentence}; run again to go on from what is finished")
-            yield outcome
-
-    def call(self, item: Any) -> Any:
-        """Do one item."""
-        return next(iter(self.map([item])))
-
-
-class LocalTeam(Team):
-    """The same work in this process, without Ray (`workers.count: 0`)."""
-
-    def __init__(self, setup: Setup, plan: Plan, on_progress: OnProgress | None) -> None:
-        self._worker, self._on_progress = _Worker(pickle.dumps(setup), plan.threads), on_progress
-
-    def outcomes(self, items: Sequence[Any], tries: int = MAX_TRIES) -> Iterator[Any]:
-        """Do every item, in order."""
-        for item in items:
-            with stopping.patience():
-                result = self._worker.run(item)
-            if self._on_progress:
-                self._on_progress(self._worker.progress())
-            yield result
+    lost: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class _Task:
-    """An item on a worker, for the `number`th time."""
+class _Member:
+    """An actor that is alive, its node, and its number in the team, which the next one takes over."""
 
     actor: Any
-    item: Any
-    number: int
+    node: str
+    slot: int
 
 
 class RayTeam(Team):
@@ -262,85 +177,159 @@ class RayTeam(Team):
     """
 
     def __init__(
-        self, ray: ModuleType, setup: Setup, plan: Plan, on_progress: OnProgress | None, gpus: float, lookahead: int
+        self,
+        ray: ModuleType,
+        setup: Setup,
+        plan: Plan,
+        on_progress: OnProgress | None,
+        gpus: float,
+        lookahead: int,
+        labels: Labels,
     ) -> None:
         self._ray, self._plan, self._on_progress, self._lookahead = ray, plan, on_progress, lookahead
         self._setup: bytes = ray.cloudpickle.dumps(setup)
-        # One call more: questions about its progress.
-        options = {"num_cpus": plan.threads, "num_gpus": gpus, "max_restarts": 0, "max_concurrency": lookahead + 1}
-        self._remote = ray.remote(**options)(_Worker)
-        self._actors: list[Any] = []
+        self._labels, self._meters = labels, Meters(labels.job, labels.stage)
+        options = {
+            "num_cpus": plan.threads,
+            "num_gpus": gpus,
+            "max_restarts": 0,
+            "max_concurrency": lookahead + 1,  # one call more: questions about its progress
+            "runtime_env": {"env_vars": placement.environment(plan.threads)},
+        }
+        if plan.memory:
+            options["memory"] = plan.memory
+        self._remote = ray.remote(**options)(Actor)
+        self._members: list[_Member] = []
+        self._coming = dict[Any, tuple[Any, int]]()  # actor and slot, by what it answers once it is alive
+        self._waiting = 0
+        self._stillborn = 0
+        self._polled = self._alive = self._asked = time.monotonic()
 
     def close(self) -> None:
-        """Free the actors' resources."""
-        for actor in self._actors:
+        """Free the actors' resources; their logs are kept first."""
+        saved = [member.actor.save.remote() for member in self._members]
+        if saved:
+            self._ray.wait(saved, num_returns=len(saved), timeout=SAVE_SECONDS)
+        for actor in [*(member.actor for member in self._members), *(actor for actor, _ in self._coming.values())]:
             self._ray.kill(actor)
-        self._actors = []
+        self._members, self._coming = [], {}
+        self._meters.queue(0, 0)
 
     def outcomes(self, items: Sequence[Any], tries: int = MAX_TRIES) -> Iterator[Any]:
         """Do every item; results as they come."""
-        waiting = deque((item, 1) for item in items)
-        while len(self._actors) < min(self._plan.count, len(items)):
-            self._actors.append(self._new())
-        busy = dict[Any, _Task]()
+        waiting = deque(_Try(item) for item in items)
+        busy = dict[Any, tuple[_Member, _Try]]()
         while waiting or busy:
-            while waiting and (actor := self._free(busy.values(), alone=waiting[0][1] > 1)) is not None:
-                item, number = waiting.popleft()
-                busy[actor.run.remote(item)] = _Task(actor, item, number)
-            for reference in self._ready(busy):
-                task = busy.pop(reference)
+            self._ask_for(min(self._plan.limit, len(items), max(self._plan.count, len(waiting))), bool(waiting))
+            while waiting and (member := self._free(busy.values(), waiting)) is not None:
+                one = waiting.popleft()
+                run = member.actor.run.options(name=f"{self._labels.stage} {called(one.item)}")
+                busy[run.remote(one.item)] = (member, one)
+            self._waiting = len(waiting)
+            for reference in self._ready(list(busy)):
+                member, one = busy.pop(reference)
                 try:
                     result = self._ray.get(reference)
-                except (self._ray.exceptions.RayTaskError, self._ray.exceptions.RayActorError) as error:
-                    self._bury(task, error)
-                    if task.number < tries:
-                        waiting.appendleft((task.item, task.number + 1))
+                except self._ray.exceptions.RayError as error:
+                    lost = self._bury(member, one, error)
+                    if not self._is_to_blame(lost, tries):
+                        waiting.appendleft(lost)
                         continue
-                    result = Died(task.item, task.number, _reason(error))
+                    result = Died(one.item, len(lost.lost), _reason(error))
                 yield result
 
-    def _new(self) -> Any:
-        return self._remote.remote(self._setup, self._plan.threads)
+    def _ask_for(self, count: int, wanted: bool) -> None:
+        """Have so many actors alive or asked for; where none is wanted, those that have not come are called off."""
+        while wanted and len(self._members) + len(self._coming) < count:
+            taken = {member.slot for member in self._members} | {slot for _, slot in self._coming.values()}
+            slot = next(number for number in itertools.count(1) if number not in taken)
+            name = f"{self._labels.job} {self._labels.stage} {slot} #{next(_numbers)}"
+            actor = self._remote.options(name=name).remote(self._setup, self._plan.threads, self._labels, slot)
+            self._coming[actor.where.remote()] = (actor, slot)
+            self._asked = time.monotonic()
+        if not wanted:
+            for actor, _ in self._coming.values():
+                self._ray.kill(actor)
+            self._coming = {}
 
-    def _free(self, busy: Iterable[_Task], alone: bool) -> Any:
-        """The worker with the least to do that may have an item more."""
-        loads = {actor: 0 for actor in self._actors}
-        for task in busy:
-            if task.actor in loads:
-                loads[task.actor] += self._lookahead if task.number > 1 else 1
-        actor = min(self._actors, key=lambda one: loads[one])
-        return actor if loads[actor] < (1 if alone else self._lookahead) else None
+    def _arrived(self, reference: Any) -> None:
+        """An actor is alive, or ended before it began; PipelineError where that goes on."""
+        actor, slot = self._coming.pop(reference)
+        try:
+            self._members.append(_Member(actor, self._ray.get(reference), slot))
+            self._stillborn = 0
+        except self._ray.exceptions.RayError as error:
+            self._stillborn += 1
+            log.warning("worker did not start because=%s", _reason(error))
+            if self._stillborn >= MAX_STILLBORN:
+                raise PipelineError(
+                    f"no worker starts ({_reason(error)}); run again when the cluster is mended"
+                ) from None
 
-    def _bury(self, task: _Task, error: Exception) -> None:
-        """Put another worker in the place of one that died; what is no death is raised."""
+    def _free(self, busy: Collection[tuple[_Member, _Try]], waiting: Sequence[_Try]) -> _Member | None:
+        """The worker with the least to do that may have the next item; some are left for those about to come."""
+        loads = {member.actor: 0 for member in self._members}
+        for member, one in busy:
+            if member.actor in loads:
+                loads[member.actor] += self._lookahead if one.lost else 1
+        least = min(self._members, key=lambda member: loads[member.actor], default=None)
+        soon = len(self._coming) if time.monotonic() - self._asked < SOON_SECONDS else 0
+        share = math.ceil((len(waiting) + len(busy)) / max(1, len(self._members) + soon))
+        most = 1 if waiting[0].lost else min(share, self._lookahead)
+        return least if least and loads[least.actor] < most else None
+
+    def _bury(self, member: _Member, one: _Try, error: Exception) -> _Try:
+        """Give up a worker that died, its item with one loss more; what is no death is raised."""
         if isinstance(error, self._ray.exceptions.RayTaskError):
             cause = getattr(error, "cause", None)
             if not isinstance(cause, DeviceLost):
                 raise cause if isinstance(cause, PipelineError) else error from None
-            self._ray.kill(task.actor)  # whose device answers nothing any more
-        log.warning("worker died try=%d item=%s", task.number, _called(task.item))
-        if task.actor in self._actors:  # with several items it dies only once
-            self._actors.remove(task.actor)
-            self._actors.append(self._new())
+        log.warning("worker died try=%d item=%s because=%s", len(one.lost) + 1, called(one.item), _reason(error))
+        if member in self._members:  # with several items it dies only once
+            self._members.remove(member)
+            self._ray.kill(member.actor)  # it may be out of reach only, or hold a device that answers nothing
+            self._meters.failed()
+            if self._labels.root is not None:
+                told = f"died with {called(one.item)} in hand: {_reason(error)}"
+                logs.note(self._labels.root, self._labels.log(member.slot), told)
+        return _Try(one.item, (*one.lost, member.node))
 
-    def _ready(self, busy: Mapping[Any, Any]) -> list[Any]:
+    def _is_to_blame(self, one: _Try, tries: int) -> bool:
+        """Whether workers died of this item: so many on nodes that live on, or with too many nodes."""
+        if len(one.lost) < tries:
+            return False
+        alive = {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
+        return sum(node in alive for node in one.lost) >= tries or len(one.lost) >= tries + MAX_NODES
+
+    def _ready(self, busy: list[Any]) -> list[Any]:
         """Items that are finished; after a signal those at work get a while to end."""
         with stopping.patience():  # raises Stopped at its end, after a signal
             while True:
-                ready, _ = self._ray.wait(list(busy), num_returns=1, timeout=POLL_SECONDS)
+                ready, _ = self._ray.wait([*busy, *self._coming], num_returns=1, timeout=POLL_SECONDS)
                 if stopping.asked():
-                    self._ray.wait(list(busy), num_returns=len(busy), timeout=stopping.left())
+                    if busy:
+                        self._ray.wait(busy, num_returns=len(busy), timeout=stopping.left())
                     return []
+                for reference in [one for one in ready if one in self._coming]:
+                    self._arrived(reference)
                 self._poll()
                 if ready:
-                    return list(ready)
+                    return [one for one in ready if one in busy]
 
     def _poll(self) -> None:
-        """Ask the workers how far they are."""
-        if self._on_progress is None:
+        """Ask the workers how far they are, at most once in a while; tell where there are none."""
+        now = time.monotonic()
+        self._meters.queue(self._waiting, len(self._members))
+        if self._members:
+            self._alive = now
+        elif now - self._alive > TELL_SECONDS:
+            self._alive = now
+            log.warning("workers none is alive, %d asked for: the cluster has no room for them now", len(self._coming))
+        if self._on_progress is None or now - self._polled < POLL_SECONDS / 2:
             return
-        answers = [actor.progress.remote() for actor in self._actors]
-        done, _ = self._ray.wait(answers, num_returns=len(answers), timeout=POLL_SECONDS)
+        self._polled = now
+        answers = [member.actor.progress.remote() for member in self._members]
+        done, _ = self._ray.wait(answers, num_returns=len(answers), timeout=POLL_SECONDS) if answers else ([], [])
         total = Progress()
         for answer in done:
             try:
@@ -355,5 +344,5 @@ class RayTeam(Team):
 def _reason(error: Exception) -> str:
     """What Ray tells of a death, in short."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if line.lower().startswith(("worker exit", "the actor died", "actor"))]
+    told = [line for line in lines if line.lower().startswith(("the actor is dead because", "the actor died because"))]
     return (told or lines or [type(error).__name__])[0][:200]

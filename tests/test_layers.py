@@ -7,8 +7,9 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "pipeline"
 LEVELS = [
-    {"errors", "vectors", "metrics", "template", "sentences", "stopping", "limits", "reread", "cores"},
+    {"errors", "vectors", "metrics", "template", "sentences", "stopping", "limits", "reread", "cores"} | {"telemetry"},
     {
+        "teams",
         "rotation",
         "nested",
         "values",
@@ -22,14 +23,15 @@ LEVELS = [
         "cosines",
         "margin",
     },
-    {"transform", "html", "verify", "predictor"},
-    {"probe", "adaptor"},
+    {"transform", "html", "verify", "predictor", "logs"},
+    {"probe", "adaptor", "actor"},
     {"spec", "store", "docstrings", "tables", "ids", "lock", "ledger"},
-    {"sources", "encoders", "workers", "repair"},
+    {"sources", "encoders", "placement", "repair", "submit"},
+    {"workers"},
     {"rows", "queries", "drift", "views", "merge"},
     {"embedder", "levels"},
     {"corpus", "embed", "export", "fit", "derive", "index", "cascade", "cache"},
-    {"anytime", "hybrid", "submit"},
+    {"anytime", "hybrid"},
     {"search", "lessons"},
     {"sweep"},
     {"evaluate", "sample"},
@@ -40,7 +42,7 @@ LEVELS = [
 ]
 LEVEL = {module: number for number, level in enumerate(LEVELS) for module in level}
 ALLOWED = {
-    "ray": {"workers", "submit"},
+    "ray": {"workers", "submit", "telemetry"},
     "lancedb": {"index", "search", "store"},
     "lance": {"index", "search", "store", "reread"},
     "faiss": {"resident"},

@@ -104,8 +104,11 @@ ENTRIES = {
     "evaluate.k": accepted(evaluate__k=4),
     "evaluate.shortlists": accepted(evaluate__shortlists=[5]),
     "evaluate.floor": accepted(evaluate__floor={"recall_exact": 0.01}),
-    "workers.count": accepted(workers__count=1),
+    "workers.count.min": accepted(workers__count={"min": 1, "max": 2}),
+    "workers.count.max": accepted(workers__count={"min": 1, "max": 2}),
     "workers.gpus": accepted(workers__gpus=0),
+    "workers.cpus": accepted(workers__cpus=1),
+    "workers.memory": accepted(workers__memory=10**9),
     "workers.address": accepted(workers__address="ray://nowhere:1"),
 }
 """Another valid value for every field."""

@@ -11,6 +11,7 @@ import tempfile
 import time
 import urllib.request
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,33 +40,42 @@ def answers(url):
     return False
 
 
+@dataclass(frozen=True)
+class Head:
+    """Where a head answers: jobs, its cluster, Prometheus."""
+
+    jobs: str
+    cluster: str
+    metrics: str
+
+
 @pytest.fixture(scope="module")
 def head():
-    """The address of a head with a dashboard and two cores."""
+    """A head with a dashboard and two cores."""
     temporary = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # sockets below it, whose paths must be short
-    port = free_port()
+    port, cluster, metrics = free_port(), free_port(), free_port()
     options = [
-        "--head", "--block", "--port=0", "--num-cpus=2", "--include-dashboard=true", "--dashboard-host=127.0.0.1",
-        f"--dashboard-port={port}", f"--temp-dir={temporary}", f"--object-store-memory={100 * 2**20}",
-        "--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={free_port()}",
-        "--disable-usage-stats",
+        "--head", "--block", f"--port={cluster}", f"--metrics-export-port={metrics}", "--num-cpus=2",
+        "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}",
+        f"--temp-dir={temporary}", f"--object-store-memory={100 * 2**20}", "--min-worker-port=0", "--max-worker-port=0",
+        f"--dashboard-agent-listen-port={free_port()}", "--disable-usage-stats",
     ]  # fmt: skip
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    environment |= {"PATH": path, "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment |= {"PATH": path, "HF_HUB_OFFLINE": "1", "RAY_metrics_report_interval_ms": "500"}
     log = (temporary / "start.log").open("w+b")
     started = subprocess.Popen(
         [sys.executable, "-m", "ray.scripts.scripts", "start", *options],
         env=environment, cwd=temporary, stdout=log, stderr=log,
     )  # fmt: skip
-    address = f"http://127.0.0.1:{port}"
+    made = Head(f"http://127.0.0.1:{port}", f"127.0.0.1:{cluster}", f"http://127.0.0.1:{metrics}/metrics")
     try:
         until = time.monotonic() + START_SECONDS
-        while not answers(f"{address}/api/version"):
+        while not answers(f"{made.jobs}/api/version"):
             log.seek(0)
             assert started.poll() is None and time.monotonic() < until, log.read().decode()[-3000:]
             time.sleep(0.3)
-        yield address
+        yield made
     finally:
         end(started)
         log.close()
@@ -130,7 +140,7 @@ def ended(address, name):
 
 
 def test_a_job_runs_there_and_its_exit_code_comes_back(head, job):
-    done = called(job, "--env", "MATRYOSHKA_CANARY", address=head, MATRYOSHKA_CANARY=CANARY)
+    done = called(job, "--env", "MATRYOSHKA_CANARY", address=head.jobs, MATRYOSHKA_CANARY=CANARY)
     root = Path(json.loads(job.read_text())["root"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "120 rows in, 0 quarantined" in done.stdout
@@ -138,22 +148,22 @@ def test_a_job_runs_there_and_its_exit_code_comes_back(head, job):
     assert json.loads((root / "manifest.json").read_text())["tables"]["documents"]["rows"] == 120
     assert CANARY not in done.stdout + done.stderr
     # The same root with another text rule is refused there, by the code for it.
-    other = called(job, "--set", "corpus.text=text", address=head)
+    other = called(job, "--set", "corpus.text=text", address=head.jobs)
     assert other.returncode == 4, other.stdout + other.stderr
     assert "was begun with another corpus.text: ['title', 'text'] then, ['text'] now" in other.stdout
     # Nothing is left to do, and nobody waits to be told.
     start = time.monotonic()
-    sent = called(job, "--no-wait", RAY_ADDRESS=head)
+    sent = called(job, "--no-wait", RAY_ADDRESS=head.jobs)
     assert sent.returncode == 0, sent.stdout + sent.stderr
     name, hint = sent.stdout.splitlines()
     assert name.startswith("words-")
-    assert f"ray job logs --follow --address {head} {name}" in hint
-    assert ended(head, name) == "SUCCEEDED"
+    assert f"ray job logs --follow --address {head.jobs} {name}" in hint
+    assert ended(head.jobs, name) == "SUCCEEDED"
     assert time.monotonic() - start < 60
 
 
 def test_who_stops_following_does_not_stop_the_job(head, job):
-    call, environment = command(job, address=head)
+    call, environment = command(job, address=head.jobs)
     following = subprocess.Popen(call, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         said = ""
@@ -166,9 +176,73 @@ def test_who_stops_following_does_not_stop_the_job(head, job):
         assert following.returncode == 130
         name = said.split()[1]
         assert f"{name} goes on without this command; follow it with: ray job logs" in rest
-        assert ended(head, name) == "SUCCEEDED"
+        assert ended(head.jobs, name) == "SUCCEEDED"
     finally:
         following.kill()
+
+
+MEASURED = """
+import sys
+from pipeline.spec import Workers
+from pipeline.workers import Pool
+class Handler:
+    def __init__(self, threads): pass
+    def __call__(self, item):
+        if item == "bad": raise ValueError(item)
+        aside = {"null_text": 2}
+        return {"rows": 40, "tokens": 300, "padded_tokens": 400, "waiting_seconds": 0.5, "quarantined": aside}
+if __name__ == "__main__":
+    pool = Pool(Workers(count=1, cpus=1, address=sys.argv[1]), "words")
+    pool.stage = "embed"
+    with pool, pool.team(Handler) as team:
+        list(team.map(["one", "two"]))
+        try:
+            team.call("bad")
+        except Exception:
+            print("done", flush=True)
+        sys.stdin.read()
+"""
+
+
+def scraped(address):
+    """Values of this project's metrics for one stage, by name; of several processes their sum."""
+    with urllib.request.urlopen(address, timeout=10) as reply:
+        lines = reply.read().decode().splitlines()
+    found = {}
+    for line in lines:
+        if (
+            line.startswith("ray_matryoshka_")
+            and 'job="words"' in line
+            and 'stage="embed"' in line
+            and "le=" not in line
+        ):
+            name, value = line.partition("{")[0].removeprefix("ray_matryoshka_"), float(line.rpartition(" ")[2])
+            found[name] = found.get(name, 0) + value
+    return found
+
+
+def test_prometheus_finds_what_workers_measure(head, tmp_path):
+    script = tmp_path / "measured.py"
+    script.write_text(MEASURED)
+    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{tmp_path}"}
+    working = subprocess.Popen(
+        [sys.executable, script, head.cluster], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    wanted = {
+        "rows_total": 80, "tokens_total": 600, "padded_tokens_total": 800, "waiting_seconds_total": 1.0,
+        "quarantined_total": 4, "failures_total": 1, "item_seconds_count": 2, "padding_share": 0.25, "workers": 1,
+        "waiting_items": 0,
+    }  # fmt: skip
+    try:
+        assert working.stdout.readline() == b"done\n"
+        until = time.monotonic() + 30
+        while not wanted.items() <= (found := scraped(head.metrics)).items() and time.monotonic() < until:
+            time.sleep(0.5)
+        assert {name: found.get(name) for name in wanted} == pytest.approx(wanted)
+        assert found["tokens_per_second"] > 0
+    finally:
+        working.stdin.close()
+        working.wait(30)
 
 
 @pytest.mark.parametrize(
