@@ -325,11 +325,11 @@ class RayTeam(Team):
         elif now - self._alive > TELL_SECONDS:
             self._alive = now
             log.warning("workers none is alive, %d asked for: the cluster has no room for them now", len(self._coming))
-        if self._on_progress is None or now - self._polled < POLL_SECONDS / 2:
+        if self._on_progress is None or not self._members or now - self._polled < POLL_SECONDS / 2:
             return
         self._polled = now
         answers = [member.actor.progress.remote() for member in self._members]
-        done, _ = self._ray.wait(answers, num_returns=len(answers), timeout=POLL_SECONDS) if answers else ([], [])
+        done, _ = self._ray.wait(answers, num_returns=len(answers), timeout=POLL_SECONDS)
         total = Progress()
         for answer in done:
             try:

@@ -152,6 +152,19 @@ def test_a_run_can_stop_and_go_on(matryoshka, job_file):
     assert matryoshka("run", job_file(root="elsewhere"), "--from", "fit")[0] == 4
 
 
+def test_status_needs_the_root_alone_and_leaves_it_as_it_is(matryoshka, spec, job_file, tmp_path, corpus_file):
+    run(spec())
+    moved = (tmp_path / "root").rename(tmp_path / "on another machine")
+    corpus_file.unlink()
+    before = {path: path.stat().st_mtime_ns for path in moved.rglob("*")}
+    job = job_file(root=str(moved), model={"name": "/no/such/model"}, workers={"count": 1, "address": "10.0.0.1:6379"})
+    by_spec, by_root = matryoshka("status", job, "--json"), matryoshka("status", moved, "--json")
+    assert by_spec == by_root
+    facts = json.loads(by_root[1])
+    assert (by_root[0], facts["shards"], facts["generation"]) == (0, {"done": 1, "left": 0}, 1)
+    assert {path: path.stat().st_mtime_ns for path in moved.rglob("*")} == before
+
+
 def test_validate_starts_nothing_and_writes_nothing(matryoshka, job_file, tmp_path):
     code, out, _ = matryoshka("validate", job_file())
     assert code == 0
