@@ -210,9 +210,10 @@ class RayTeam(Team):
         saved = [member.actor.save.remote() for member in self._members]
         if saved:
             self._ray.wait(saved, num_returns=len(saved), timeout=SAVE_SECONDS)
-        for actor in [*(member.actor for member in self._members), *(actor for actor, _ in self._coming.values())]:
-            self._ray.kill(actor)
-        self._members, self._coming = [], {}
+        for member in self._members:
+            self._ray.kill(member.actor)
+        self._call_off()
+        self._members = []
         self._meters.queue(0, 0)
 
     def outcomes(self, items: Sequence[Any], tries: int = MAX_TRIES) -> Iterator[Any]:
@@ -220,11 +221,13 @@ class RayTeam(Team):
         waiting = deque(_Try(item) for item in items)
         busy = dict[Any, tuple[_Member, _Try]]()
         while waiting or busy:
-            self._ask_for(min(self._plan.limit, len(items), max(self._plan.count, len(waiting))), bool(waiting))
+            self._ask_for(min(self._plan.limit, len(items), max(self._plan.count, len(waiting))) if waiting else 0)
             while waiting and (member := self._free(busy.values(), waiting)) is not None:
                 one = waiting.popleft()
                 run = member.actor.run.options(name=f"{self._labels.stage} {called(one.item)}")
                 busy[run.remote(one.item)] = (member, one)
+            if not waiting:
+                self._call_off()
             self._waiting = len(waiting)
             for reference in self._ready(list(busy)):
                 member, one = busy.pop(reference)
@@ -238,19 +241,21 @@ class RayTeam(Team):
                     result = Died(one.item, len(lost.lost), _reason(error))
                 yield result
 
-    def _ask_for(self, count: int, wanted: bool) -> None:
-        """Have so many actors alive or asked for; where none is wanted, those that have not come are called off."""
-        while wanted and len(self._members) + len(self._coming) < count:
+    def _ask_for(self, count: int) -> None:
+        """Have so many actors alive or asked for."""
+        while len(self._members) + len(self._coming) < count:
             taken = {member.slot for member in self._members} | {slot for _, slot in self._coming.values()}
             slot = next(number for number in itertools.count(1) if number not in taken)
             name = f"{self._labels.job} {self._labels.stage} {slot} #{next(_numbers)}"
             actor = self._remote.options(name=name).remote(self._setup, self._plan.threads, self._labels, slot)
             self._coming[actor.where.remote()] = (actor, slot)
             self._asked = time.monotonic()
-        if not wanted:
-            for actor, _ in self._coming.values():
-                self._ray.kill(actor)
-            self._coming = {}
+
+    def _call_off(self) -> None:
+        """Those that have not come are not needed any more."""
+        for actor, _ in self._coming.values():
+            self._ray.kill(actor)
+        self._coming = {}
 
     def _arrived(self, reference: Any) -> None:
         """An actor is alive, or ended before it began; PipelineError where that goes on."""
