@@ -26,13 +26,22 @@ class Node:
 
 @dataclass(frozen=True)
 class Plan:
-    """How many workers are asked for, with how many threads, GPUs and bytes each; up to `most` while shards wait."""
+    """How many workers are asked for, with how many threads, GPUs and bytes each; up to `most` while shards wait.
+
+    `shared`: a worker has other work beside it, and its libraries must be told of its threads.
+    """
 
     count: int
     threads: int
     gpus: float
     most: int = 0
     memory: int | None = None
+    shared: bool = True
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a worker's libraries are told before they load."""
+        return dict.fromkeys(THREAD_VARIABLES, str(self.threads)) if self.shared else {}
 
     @property
     def limit(self) -> int:
@@ -93,8 +102,3 @@ def _fitting(node: Node, threads: int, each: float, memory: int | None) -> int:
     if memory:
         limits.append(node.memory // memory)
     return min(limits)
-
-
-def environment(threads: int) -> dict[str, str]:
-    """What a worker's libraries are told of its threads before they load."""
-    return dict.fromkeys(THREAD_VARIABLES, str(threads))

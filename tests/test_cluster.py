@@ -2,11 +2,12 @@
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from pipeline.spec import Workers
-from pipeline.workers import Died, Pool
+from pipeline.workers import Died, Pool, RayTeam, _Try
 
 SECONDS = 0.3
 
@@ -78,4 +79,23 @@ def test_a_node_that_comes_gets_items_and_one_that_goes_costs_none(cluster, pool
     assert sorted(item for item, _ in nodes) == wanted
     assert len({where for _, where in nodes}) == 2
     assert time.monotonic() - lost_at < 45
-    assert len(list(tmp_path.iterdir())) == 60
+    assert all(Path(item).exists() for item in wanted)
+
+
+@pytest.mark.parametrize(
+    ("lost", "tries", "blamed"),
+    [
+        (["a"], 3, False),
+        (["a", "a", "a"], 3, True),
+        (["gone"] * 3, 3, False),
+        (["gone", "a", "b", "a"], 3, True),
+        (["gone", "a", "b"], 3, False),
+        (["gone"], 1, False),
+        (["gone"] * 9, 3, True),  # so many nodes do not end by chance
+    ],
+)
+def test_an_item_is_to_blame_for_workers_whose_nodes_live_on(lost, tries, blamed):
+    nodes = [{"NodeID": "a", "Alive": True}, {"NodeID": "b", "Alive": True}, {"NodeID": "gone", "Alive": False}]
+    team = object.__new__(RayTeam)
+    team._ray = SimpleNamespace(nodes=lambda: nodes)
+    assert team._is_to_blame(_Try("item", tuple(lost)), tries) == blamed
