@@ -27,11 +27,15 @@ log = logging.getLogger(__name__)
 
 ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+TOKENS, TOKEN_FILE = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"), Path("~/.ray/auth_token")
+"""Where Ray looks for the token of a cluster."""
 CONNECT_SECONDS, ANSWER_SECONDS = 10, 120
 """Limits of one request to the cluster."""
 POLL_SECONDS = 1.0
 LOST_SECONDS = 60.0
 """A cluster that does not answer for so long is lost."""
+NOT_YET = "No available agent"
+"""What a head answers that has no node yet to run a job on."""
 CODES = range(8)
 """Exit codes of the command line that are no signal's."""
 
@@ -150,7 +154,8 @@ def submit(path: str, spec: JobSpec, sets: Sequence[str], address: str | None, p
     try:
         with TemporaryDirectory() as folder:
             pack(Path(folder), path, name)
-            identity = client.submit_job(
+            identity = _sent(
+                client,
                 entrypoint=f"python -m pipeline run {name} {' '.join(overrides)}",
                 submission_id=f"{spec.name}-{uuid.uuid4().hex[:8]}",
                 runtime_env={"working_dir": folder, "env_vars": dict(passed)},
@@ -160,6 +165,18 @@ def submit(path: str, spec: JobSpec, sets: Sequence[str], address: str | None, p
         reason = without(_first_line(error), passed.values())
         raise PipelineError(f"the cluster at {told} took no job: {reason}") from None
     return Submitted(identity, told, client, tuple(value for name, value in passed.items() if name != PASSED))
+
+
+def _sent(client: Any, **job: Any) -> str:
+    """The id of a job that was taken; a head that has just begun gets a while."""
+    until = time.monotonic() + LOST_SECONDS
+    while True:
+        try:
+            return str(client.submit_job(**job))
+        except RuntimeError as error:
+            if NOT_YET not in str(error) or time.monotonic() > until:
+                raise
+        time.sleep(POLL_SECONDS)
 
 
 def pack(folder: Path, path: str, name: str) -> None:
@@ -172,6 +189,8 @@ def _client(address: str | None) -> tuple[Any, str]:
     """A client of Ray's job API, and the address it speaks to."""
     given = address or next((os.environ[name] for name in ADDRESS_VARIABLES if os.environ.get(name)), ADDRESS)
     told = masked(given)
+    if any(os.environ.get(name) for name in TOKENS) or TOKEN_FILE.expanduser().is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # as for a head that is started where there is a token
     try:
         from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
@@ -194,7 +213,12 @@ def _client(address: str | None) -> tuple[Any, str]:
         if "ray[default]" in str(error):
             raise _missing(error) from None
         reason: Exception = error
-    except (OSError, ValueError, KeyError, AuthenticationError) as error:
+    except AuthenticationError as error:
+        raise PipelineError(
+            f"the cluster at {told} wants another token ({error.message.splitlines()[0]}); put its own into "
+            "RAY_AUTH_TOKEN, or its file's path into RAY_AUTH_TOKEN_PATH"
+        ) from None
+    except (OSError, ValueError, KeyError) as error:
         reason = error
     raise PipelineError(
         f"no Ray cluster takes jobs at {told}: {_first_line(reason)}; name its head with --address http://HEAD:8265, "

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +25,7 @@ from tests.conftest import corpus_frame
 
 REPOSITORY = Path(__file__).parent.parent
 START_SECONDS = 60
+TOKEN = "0123456789abcdef" * 4
 CANARY = "c4n4ry-of-the-submitter"
 
 
@@ -34,9 +35,16 @@ def free_port():
         return one.getsockname()[1]
 
 
+def asked(url):
+    """What an address of the head answers."""
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {TOKEN}"})
+    with urllib.request.urlopen(request, timeout=10) as reply:
+        return reply.read().decode()
+
+
 def answers(url):
-    with suppress(OSError), urllib.request.urlopen(url, timeout=5) as reply:
-        return reply.status == 200
+    with suppress(OSError):
+        return bool(asked(url))
     return False
 
 
@@ -63,6 +71,7 @@ def head():
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment |= {"PATH": path, "HF_HUB_OFFLINE": "1", "RAY_metrics_report_interval_ms": "500"}
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
     log = (temporary / "start.log").open("w+b")
     started = subprocess.Popen(
         [sys.executable, "-m", "ray.scripts.scripts", "start", *options],
@@ -77,22 +86,29 @@ def head():
             time.sleep(0.3)
         yield made
     finally:
-        end(started)
+        end(started, temporary)
         log.close()
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def end(started):
-    """End a process and all that it started, by their ids."""
+def end(started, folder):
+    """End a head and all of its processes, by their ids: they name its folder, or are below one that does."""
+    mine = {one.pid: one for one in psutil.process_iter() if str(folder) in " ".join(arguments_of(one))}
     with suppress(psutil.NoSuchProcess):
-        processes = psutil.Process(started.pid).children(recursive=True)
-        started.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            started.wait(15)
-        for process in [*processes, psutil.Process(started.pid)]:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        mine |= {one.pid: one for one in psutil.Process(started.pid).children(recursive=True)}
+    started.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        started.wait(15)
+    for process in mine.values():
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     started.wait(15)
+
+
+def arguments_of(process):
+    with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+        return process.cmdline()
+    return []
 
 
 def command(*arguments, address=None, **environment):
@@ -100,7 +116,7 @@ def command(*arguments, address=None, **environment):
     own = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     where = [] if address is None else ["--address", address]
     call = [sys.executable, "-m", "pipeline", "submit", *map(str, arguments), *where]
-    return call, own | {"PYTHONPATH": str(REPOSITORY)} | environment
+    return call, own | {"PYTHONPATH": str(REPOSITORY), "RAY_AUTH_TOKEN": TOKEN} | environment
 
 
 def called(*arguments, address=None, **environment):
@@ -131,8 +147,7 @@ def ended(address, name):
     """How a job ended, within a minute."""
     until = time.monotonic() + 60
     while time.monotonic() < until:
-        with urllib.request.urlopen(f"{address}/api/jobs/{name}", timeout=10) as reply:
-            status = json.load(reply)["status"]
+        status = json.loads(asked(f"{address}/api/jobs/{name}"))["status"]
         if status not in ("PENDING", "RUNNING"):
             return status
         time.sleep(0.5)
@@ -206,10 +221,8 @@ if __name__ == "__main__":
 
 def scraped(address):
     """Values of this project's metrics for one stage, by name; of several processes their sum."""
-    with urllib.request.urlopen(address, timeout=10) as reply:
-        lines = reply.read().decode().splitlines()
     found = {}
-    for line in lines:
+    for line in asked(address).splitlines():
         if (
             line.startswith("ray_matryoshka_")
             and 'job="words"' in line
@@ -221,10 +234,17 @@ def scraped(address):
     return found
 
 
+def test_another_token_is_one_sentence(head, job):
+    done = called(job, address=head.jobs, RAY_AUTH_TOKEN="f" * 64)
+    assert done.returncode == 1
+    assert f"the cluster at {head.jobs} wants another token" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_prometheus_finds_what_workers_measure(head, tmp_path):
     script = tmp_path / "measured.py"
     script.write_text(MEASURED)
-    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{tmp_path}"}
+    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{tmp_path}", "RAY_AUTH_TOKEN": TOKEN}
     working = subprocess.Popen(
         [sys.executable, script, head.cluster], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -358,6 +378,24 @@ def test_a_lost_cluster_ends_the_wait(followed, monkeypatch):
     monkeypatch.setattr(submit, "LOST_SECONDS", 0)
     with pytest.raises(PipelineError, match=r"http://head:8265 does not answer any more \(closed\); finished shards"):
         followed(Client(["one\n", RuntimeError("closed")]))
+
+
+@pytest.mark.parametrize(
+    ("answers", "wanted"), [(["No available agent to submit job, please try again later."] * 2, 3), (["No disk"], 1)]
+)
+def test_a_head_that_has_just_begun_gets_a_while(monkeypatch, answers, wanted):
+    monkeypatch.setattr(submit, "POLL_SECONDS", 0)
+    tries = []
+
+    def submit_job(**given):
+        tries.append(given)
+        if len(tries) <= len(answers):
+            raise RuntimeError(answers[len(tries) - 1])
+        return "words-1"
+
+    with pytest.raises(RuntimeError, match="No disk") if wanted == 1 else nullcontext():
+        assert submit._sent(SimpleNamespace(submit_job=submit_job), entrypoint="x") == "words-1"
+    assert len(tries) == wanted
 
 
 def test_an_explicit_address_wins_and_the_environment_is_left_alone(monkeypatch):
