@@ -85,6 +85,13 @@ def descendants(process):
     return found - {process}
 
 
+def holds_an_actor(title):
+    """Whether a process of that title is a worker of Ray with an actor: it bears what it does."""
+    return title.startswith(b"ray::") and not title.startswith(
+        (b"ray::IDLE", b"ray::DashboardAgent", b"ray::RuntimeEnv")
+    )
+
+
 def actors(process):
     """The job's own Ray workers that hold an actor."""
     found = []
@@ -93,7 +100,7 @@ def actors(process):
             title = Path(f"/proc/{child}/cmdline").read_bytes()
         except OSError:
             continue
-        if b"ray::_Worker" in title:
+        if holds_an_actor(title):
             found.append(child)
     return found
 

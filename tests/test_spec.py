@@ -12,7 +12,7 @@ from pipeline.errors import SpecError
 from pipeline.spec import JobSpec
 
 ROOT = Path(__file__).parent.parent
-JOBS = sorted((ROOT / "jobs").rglob("*.yaml"))
+JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
 
 
 def test_the_schema_file_is_in_step():

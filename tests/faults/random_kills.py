@@ -50,6 +50,10 @@ def start(path: Path, log: Path) -> subprocess.Popen[bytes]:
         )
 
 
+OTHERS = (b"ray::IDLE", b"ray::DashboardAgent", b"ray::RuntimeEnv")
+"""Titles of Ray's processes that hold no actor; one with an actor bears what it does."""
+
+
 def workers(root: Path) -> list[int]:
     """Processes that hold an actor of some job on this cluster; only this suite's cluster has them."""
     found = []
@@ -58,7 +62,7 @@ def workers(root: Path) -> list[int]:
             with suppress(OSError):
                 environment = (entry / "environ").read_bytes()
                 title = (entry / "cmdline").read_bytes()
-                if b"ray::_Worker" in title and MARK.encode() in environment:
+                if title.startswith(b"ray::") and not title.startswith(OTHERS) and MARK.encode() in environment:
                     found.append(int(entry.name))
     return found
 
