@@ -67,3 +67,7 @@ class Actor(Worker):
     def where(self) -> str:
         """The id of its node; answered once the actor is alive."""
         return node()
+
+
+def ping() -> None:
+    """Asked of a node, to know whether it lives."""

@@ -20,7 +20,7 @@ from types import ModuleType, TracebackType
 from typing import Any
 
 from pipeline import logs, placement, stopping
-from pipeline.actor import Actor, Labels
+from pipeline.actor import Actor, Labels, ping
 from pipeline.errors import DeviceLost, PipelineError, StaleError
 from pipeline.placement import Node, Plan
 from pipeline.spec import Workers
@@ -52,6 +52,8 @@ TELL_SECONDS = 60.0
 """Between two lines of the log while no worker is alive."""
 SOON_SECONDS = 20.0
 """In which a worker comes where its node has room."""
+TRUTH_SECONDS = 30.0
+"""In which Ray hears that a node is dead."""
 SAVE_SECONDS = 2.0
 """That workers get to keep their logs before they are ended."""
 MAX_STILLBORN = 3
@@ -293,6 +295,10 @@ class RayTeam(Team):
             cause = getattr(error, "cause", None)
             if not isinstance(cause, DeviceLost):
                 raise cause if isinstance(cause, PipelineError) else error from None
+        where = member.node
+        if isinstance(error, self._ray.exceptions.ActorUnavailableError):  # why is known a little later
+            found = self._what_is_wrong(member.actor.where.remote())
+            error, where = (error, "") if found is None else (found, where)
         log.warning("worker died try=%d item=%s because=%s", len(one.lost) + 1, called(one.item), _reason(error))
         if member in self._members:  # with several items it dies only once
             self._members.remove(member)
@@ -301,14 +307,34 @@ class RayTeam(Team):
             if self._labels.root is not None:
                 told = f"died with {called(one.item)} in hand: {_reason(error)}"
                 logs.note(self._labels.root, self._labels.log(member.slot), told)
-        return _Try(one.item, (*one.lost, member.node))
+        return _Try(one.item, (*one.lost, where))
 
     def _is_to_blame(self, one: _Try, tries: int) -> bool:
         """Whether workers died of this item: so many on nodes that live on, or with too many nodes."""
         if len(one.lost) < tries:
             return False
+        if len(one.lost) >= tries + MAX_NODES:
+            return True
         alive = {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
-        return sum(node in alive for node in one.lost) >= tries or len(one.lost) >= tries + MAX_NODES
+        return sum(node in alive for node in one.lost) >= tries and self._lives(one.lost[-1])
+
+    def _lives(self, node: str) -> bool:
+        """Whether a node does what it is asked; that it is dead Ray hears only after a while."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        if not node:
+            return False
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        ask = self._ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(ping)
+        return self._what_is_wrong(ask.remote()) is None
+
+    def _what_is_wrong(self, reference: Any) -> Exception | None:
+        """The error of a question, or that no answer came in time."""
+        try:
+            self._ray.get(reference, timeout=TRUTH_SECONDS)
+        except self._ray.exceptions.RayError as error:
+            return error  # type: ignore[no-any-return]
+        return None
 
     def _ready(self, busy: list[Any]) -> list[Any]:
         """Items that are finished; after a signal those at work get a while to end."""

@@ -92,10 +92,14 @@ def test_a_node_that_comes_gets_items_and_one_that_goes_costs_none(cluster, pool
         (["gone", "a", "b"], 3, False),
         (["gone"], 1, False),
         (["gone"] * 9, 3, True),  # so many nodes do not end by chance
+        (["a", "a", "dying"], 3, False),  # which Ray has not heard of yet
+        (["a", "a", ""], 3, False),
     ],
 )
 def test_an_item_is_to_blame_for_workers_whose_nodes_live_on(lost, tries, blamed):
     nodes = [{"NodeID": "a", "Alive": True}, {"NodeID": "b", "Alive": True}, {"NodeID": "gone", "Alive": False}]
+    nodes.append({"NodeID": "dying", "Alive": True})
     team = object.__new__(RayTeam)
     team._ray = SimpleNamespace(nodes=lambda: nodes)
+    team._lives = lambda node: node in ("a", "b")
     assert team._is_to_blame(_Try("item", tuple(lost)), tries) == blamed
