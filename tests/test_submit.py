@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from pipeline import submit
+from pipeline import submit, verify
 from pipeline.errors import PipelineError, SpecError
 from pipeline.spec import JobSpec
 from tests.conftest import corpus_frame
@@ -121,7 +121,7 @@ def command(*arguments, address=None, **environment):
 
 def called(*arguments, address=None, **environment):
     call, variables = command(*arguments, address=address, **environment)
-    return subprocess.run(call, env=variables, capture_output=True, text=True, timeout=120)
+    return subprocess.run(call, env=variables, capture_output=True, text=True, timeout=240)
 
 
 @pytest.fixture(scope="module")
@@ -144,8 +144,8 @@ def job(tmp_path_factory, model):
 
 
 def ended(address, name):
-    """How a job ended, within a minute."""
-    until = time.monotonic() + 60
+    """How a job ended, within two minutes."""
+    until = time.monotonic() + 120
     while time.monotonic() < until:
         status = json.loads(asked(f"{address}/api/jobs/{name}"))["status"]
         if status not in ("PENDING", "RUNNING"):
@@ -162,19 +162,23 @@ def test_a_job_runs_there_and_its_exit_code_comes_back(head, job):
     assert "every node of the cluster must see under the same path: root " in done.stderr
     assert json.loads((root / "manifest.json").read_text())["tables"]["documents"]["rows"] == 120
     assert CANARY not in done.stdout + done.stderr
+    kept = {path.name: path.read_text() for path in (root / "_state" / "logs").iterdir()}
+    assert all(f" INFO embed 000000{shard} done seconds=" in kept["embed-1.log"] for shard in range(3))
+    assert CANARY not in "".join(kept.values())
+    found = verify.run(root)
+    assert found.is_whole
+    assert not found.unknown
     # The same root with another text rule is refused there, by the code for it.
     other = called(job, "--set", "corpus.text=text", address=head.jobs)
     assert other.returncode == 4, other.stdout + other.stderr
     assert "was begun with another corpus.text: ['title', 'text'] then, ['text'] now" in other.stdout
     # Nothing is left to do, and nobody waits to be told.
-    start = time.monotonic()
     sent = called(job, "--no-wait", RAY_ADDRESS=head.jobs)
     assert sent.returncode == 0, sent.stdout + sent.stderr
     name, hint = sent.stdout.splitlines()
     assert name.startswith("words-")
     assert f"ray job logs --follow --address {head.jobs} {name}" in hint
     assert ended(head.jobs, name) == "SUCCEEDED"
-    assert time.monotonic() - start < 60
 
 
 def test_who_stops_following_does_not_stop_the_job(head, job):
