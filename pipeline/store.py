@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeAlias
 
 import lance
@@ -49,7 +49,7 @@ class Written:
 class Stored:
     """Rows that lie in data files which no version need hold, in order; they are streamed, never all in memory."""
 
-    files: Sequence[Path]
+    files: Sequence[PurePath]
     num_rows: int
 
     def reader(self, schema: pa.Schema) -> pa.RecordBatchReader:
@@ -204,7 +204,7 @@ def holds(root: Root, table: str, version: int, fragments: Sequence[Mapping[str,
 
 
 def sync_table(root: Root, table: str) -> None:
-    """Bring to disk what Lance wrote beside the data files: versions, transactions, indexes."""
+    """Bring to disk what Lance wrote beside the data files: versions, transactions, indexes; a store has them there."""
     folder = root / table_name(table)
     for below, folders, files in os.walk(folder):
         if Path(below) == folder:
@@ -234,6 +234,8 @@ def check_files(root: Root, table: str, files: Mapping[str, str]) -> None:
 
 def table_exists(uri: str) -> bool:
     """Whether a version of the table was ever committed."""
+    if "://" in uri:
+        return any(True for _ in lance.LanceFileSession(f"{uri}/_versions").list())
     return (Path(uri) / "_versions").is_dir() and any((Path(uri) / "_versions").iterdir())
 
 

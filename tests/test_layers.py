@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "pipeline"
 LEVELS = [
-    {"errors", "vectors", "metrics", "template", "sentences", "stopping", "limits", "reread", "cores"},
+    {"errors", "vectors", "metrics", "template", "sentences", "stopping", "limits", "reread", "cores", "seam"},
     {
         "rotation",
         "nested",
@@ -21,9 +21,10 @@ LEVELS = [
         "resident",
         "cosines",
         "margin",
+        "cloud",
     },
-    {"transform", "html", "verify", "predictor"},
-    {"probe", "adaptor"},
+    {"transform", "html", "predictor", "bucket"},
+    {"probe", "adaptor", "verify"},
     {"spec", "store", "docstrings", "tables", "ids", "lock", "ledger"},
     {"sources", "encoders", "workers", "repair"},
     {"rows", "queries", "drift", "views", "merge"},
@@ -52,9 +53,10 @@ ALLOWED = {
     "openvino": {"encoders"},
     "nncf": {"encoders"},
     "nanotoken": {"encoders"},
+    "obstore": {"bucket"},
 }
 LATE = {"ray", "lancedb", "faiss", "numkong", "torch", "sentence_transformers", "transformers", "huggingface_hub"} | {
-    "openvino", "nncf", "nanotoken",
+    "openvino", "nncf", "nanotoken", "obstore",
 }  # fmt: skip
 """Packages that may only be imported inside a function."""
 
