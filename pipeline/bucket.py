@@ -19,7 +19,7 @@ from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 from pipeline import storage
-from pipeline.cloud import BACKOFF, MAX_BACKOFF, RETRIES, SECONDS, environment
+from pipeline.cloud import BACKOFF, MAX_BACKOFF, RETRIES, SECONDS, bounds, environment
 from pipeline.errors import PipelineError, SpecError
 from pipeline.seam import Location, Stamp
 from pipeline.storage import KEPT, STATE, Disk, Root, sha256
@@ -298,7 +298,7 @@ def _opened(scheme: str, bucket: str) -> Any:
     environment(scheme)
     backoff = {"init_backoff": timedelta(seconds=BACKOFF), "max_backoff": timedelta(seconds=MAX_BACKOFF), "base": 2}
     retry = {"backoff": backoff, "max_retries": RETRIES, "retry_timeout": timedelta(seconds=SECONDS)}
-    return getattr(obstore.store, STORES[scheme])(bucket, retry_config=retry)
+    return getattr(obstore.store, STORES[scheme])(bucket, retry_config=retry, client_options=bounds())
 
 
 def _key(path: PurePath) -> str:

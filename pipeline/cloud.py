@@ -25,6 +25,11 @@ PROFILE = {
     "aws_access_key_id": "AWS_ACCESS_KEY_ID", "aws_secret_access_key": "AWS_SECRET_ACCESS_KEY",
     "aws_session_token": "AWS_SESSION_TOKEN", "region": "AWS_REGION", "endpoint_url": "AWS_ENDPOINT_URL",
 }  # fmt: skip
+ELSEWHERE = {
+    "gs": ("GOOGLE_", "GOOGLE_APPLICATION_CREDENTIALS"),
+    "az": ("AZURE_", "AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY"),
+}
+"""How the variables of other stores begin, and the usual ones."""
 OTHERS = (
     "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI",
     "AWS_SKIP_SIGNATURE",
@@ -37,6 +42,9 @@ def environment(scheme: str) -> None:
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     if scheme != "s3":
+        prefix, usual = ELSEWHERE[scheme]
+        if not any(name.startswith(prefix) for name in os.environ):
+            raise SpecError(f"{scheme}:// needs credentials in the environment: {usual}")
         return
     if not os.environ.get("AWS_ACCESS_KEY_ID"):
         _take_profile()

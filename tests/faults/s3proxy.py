@@ -1,7 +1,4 @@
-"""An HTTP proxy before an object store that breaks a seeded share of the requests, and counts what it did.
-
-`python -m tests.faults.s3proxy` runs one small job through it at several rates and prints times and verdicts.
-"""
+"""An HTTP proxy before an object store that breaks a seeded share of the requests, and counts what it did."""
 
 import http.client
 import random
@@ -11,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -164,10 +162,8 @@ def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
                 self.close_connection = True
 
         def finish(self) -> None:
-            try:
+            with suppress(OSError, ValueError):
                 super().finish()
-            except (OSError, ValueError):
-                pass
 
     return Handler
 
