@@ -38,14 +38,24 @@ OTHERS = (
 
 
 def environment(scheme: str) -> None:
-    """Complete this process' environment, where the libraries look: bounds, a profile's keys, leave for plain HTTP."""
+    """Complete this process' environment, where the libraries look: bounds, a profile's keys, leave for plain HTTP.
+
+    SpecError where it has no credentials for this kind of store.
+    """
+    if scheme == "s3":
+        _s3()
+    elif not any(name.startswith(ELSEWHERE[scheme][0]) for name in os.environ):
+        raise SpecError(f"{scheme}:// needs credentials in the environment: {ELSEWHERE[scheme][1]}")
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    if scheme != "s3":
-        prefix, usual = ELSEWHERE[scheme]
-        if not any(name.startswith(prefix) for name in os.environ):
-            raise SpecError(f"{scheme}:// needs credentials in the environment: {usual}")
-        return
+
+
+def bounds() -> dict[str, str]:
+    """The bounds of a request, as options of an HTTP client."""
+    return {name.removeprefix("AWS_").lower(): os.environ[name] for name in SETTINGS if name.startswith("AWS_")}
+
+
+def _s3() -> None:
     if not os.environ.get("AWS_ACCESS_KEY_ID"):
         _take_profile()
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
