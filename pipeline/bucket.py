@@ -19,7 +19,7 @@ from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 from pipeline import storage
-from pipeline.cloud import BACKOFF, MAX_BACKOFF, RETRIES, SECONDS, bounds, environment
+from pipeline.cloud import BACKOFF, MAX_BACKOFF, RETRIES, SECONDS, environment, options
 from pipeline.errors import PipelineError, SpecError
 from pipeline.seam import Location, Stamp
 from pipeline.storage import KEPT, STATE, Disk, Root, sha256
@@ -109,14 +109,15 @@ class Bucket(Disk):
         where = f"root {path.parent.parent}"
         try:
             self._create(path, b"first")
-            self._create(path, b"second")
+            try:
+                self._create(path, b"second")
+            finally:
+                self.delete(path)
         except FileExistsError:
             return
         except StoreError as error:
             if "NotImplemented" not in str(error):
                 raise
-        finally:
-            self.delete(path)
         raise RefusedError(
             f"{where}: this endpoint does not keep the condition of a PUT (If-None-Match: *), by which one job at a "
             "time holds a root; use a store that does, or a folder"
@@ -169,6 +170,11 @@ class Bucket(Disk):
         paths = [*found["common_prefixes"], *(one["path"] for one in found["objects"])]
         return [str(path).rstrip("/").rpartition("/")[2] for path in paths]
 
+    def sizes(self, folder: PurePath) -> dict[str, int]:
+        """Bytes of each object right below a folder, by name."""
+        found = self._ask(folder, lambda store: _library().list_with_delimiter(store, _key(folder)))
+        return {one["path"].rpartition("/")[2]: int(one["size"]) for one in found["objects"]}
+
     def size(self, path: PurePath) -> int | None:
         """An object's bytes counted, or a file's; None where there is none."""
         if not isinstance(path, Location):
@@ -220,7 +226,7 @@ class Bucket(Disk):
     def stamps(self, folder: PurePath, leave_out: Collection[str]) -> Mapping[str, Stamp]:
         """Size and ETag of every object below a folder, hidden ones apart."""
         chunks = self._ask(folder, lambda store: list(_library().list(store, _key(folder), chunk_size=1000)))
-        skipped = len(_key(folder)) + 1
+        skipped = len(_key(folder) + "/") if _key(folder) else 0
         found = {one["path"][skipped:]: [one["size"], one["e_tag"]] for chunk in chunks for one in chunk}
         hidden = re.compile("|".join([r"(.*/)?\.[^/]*", *(f"{re.escape(name)}/.*" for name in leave_out)]))
         return {name: found[name] for name in sorted(found) if not hidden.fullmatch(name)}
@@ -298,7 +304,7 @@ def _opened(scheme: str, bucket: str) -> Any:
     environment(scheme)
     backoff = {"init_backoff": timedelta(seconds=BACKOFF), "max_backoff": timedelta(seconds=MAX_BACKOFF), "base": 2}
     retry = {"backoff": backoff, "max_retries": RETRIES, "retry_timeout": timedelta(seconds=SECONDS)}
-    return getattr(obstore.store, STORES[scheme])(bucket, retry_config=retry, client_options=bounds())
+    return getattr(obstore.store, STORES[scheme])(bucket, retry_config=retry, client_options=options(scheme))
 
 
 def _key(path: PurePath) -> str:

@@ -50,9 +50,10 @@ def environment(scheme: str) -> None:
         os.environ.setdefault(name, value)
 
 
-def bounds() -> dict[str, str]:
-    """The bounds of a request, as options of an HTTP client."""
-    return {name.removeprefix("AWS_").lower(): os.environ[name] for name in SETTINGS if name.startswith("AWS_")}
+def options(scheme: str) -> dict[str, Any]:
+    """The bounds of a request and the leave for plain HTTP, as options of an HTTP client."""
+    found: dict[str, Any] = {name[4:].lower(): os.environ[name] for name in SETTINGS if name.startswith("AWS_")}
+    return found | ({"allow_http": True} if scheme == "s3" and os.environ.get("AWS_ALLOW_HTTP") == "true" else {})
 
 
 def _s3() -> None:
