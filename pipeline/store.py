@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import lance
 import numpy as np
 import pyarrow as pa
-from lance.file import LanceFileReader
+from lance.file import LanceFileReader, LanceFileSession
 from lance.fragment import FragmentMetadata, write_fragments as lance_write_fragments
 from lance.query import MatchQuery
 
@@ -235,7 +235,7 @@ def check_files(root: Root, table: str, files: Mapping[str, str]) -> None:
 def table_exists(uri: str) -> bool:
     """Whether a version of the table was ever committed."""
     if "://" in uri:
-        return any(True for _ in lance.LanceFileSession(f"{uri}/_versions").list())
+        return bool(LanceFileSession(f"{uri}/_versions").list())
     return (Path(uri) / "_versions").is_dir() and any((Path(uri) / "_versions").iterdir())
 
 
