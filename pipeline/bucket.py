@@ -7,6 +7,7 @@ environment, and nothing else.
 """
 
 import hashlib
+import logging
 import random
 import re
 import shutil
@@ -24,6 +25,7 @@ from pipeline.errors import PipelineError, SpecError
 from pipeline.seam import Location, Stamp
 from pipeline.storage import KEPT, STATE, Disk, Root, sha256
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 STORES = {"s3": "S3Store", "gs": "GCSStore", "az": "AzureStore"}
@@ -82,6 +84,26 @@ def reaching(root: Root) -> Iterator[None]:
         if not isinstance(root.path, Location) or not is_of_a_store(error):
             raise
         raise StoreError(f"{root.path}: {_reason(error)}; run again, what is finished is kept") from error
+
+
+def insisting(root: Root, call: Callable[[], T]) -> T:
+    """Call Lance, and again where a store failed it: it does not repeat a PUT under a condition by itself.
+
+    The call has to look first at what is done, since the reply may be lost where the work is not.
+    """
+    tries = 1
+    while True:
+        try:
+            return call()
+        except PipelineError:
+            raise
+        except (OSError, RuntimeError, ValueError) as error:
+            in_bucket = isinstance(root.path, Location) and (is_of_a_store(error) or "conflict" in str(error))
+            if not in_bucket or tries == TRIES:
+                raise
+            log.warning("bucket tries again after try=%d: %s", tries, _reason(error))
+        root.disk.sleep(_pause(tries))
+        tries += 1
 
 
 def is_of_a_store(error: BaseException) -> bool:
@@ -270,7 +292,7 @@ class Bucket(Disk):
                 if tries == TRIES or is_spent:
                     told = f"{path}: the store fails: {_reason(error)}; run again, what is finished is kept"
                     raise StoreError(told) from error
-            self.sleep(min(MAX_BACKOFF, BACKOFF * 2**tries) * random.random())  # noqa: S311 - so that not all come at once
+            self.sleep(_pause(tries))
 
     def _store(self, path: PurePath) -> Any:
         scheme, bucket = path.parts[0].rstrip(":"), path.parts[1]
@@ -305,6 +327,11 @@ def _opened(scheme: str, bucket: str) -> Any:
     backoff = {"init_backoff": timedelta(seconds=BACKOFF), "max_backoff": timedelta(seconds=MAX_BACKOFF), "base": 2}
     retry = {"backoff": backoff, "max_retries": RETRIES, "retry_timeout": timedelta(seconds=SECONDS)}
     return getattr(obstore.store, STORES[scheme])(bucket, retry_config=retry, client_options=options(scheme))
+
+
+def _pause(tries: int) -> float:
+    """Seconds before the next try, drawn at random, so that not all come at once."""
+    return random.uniform(0, min(MAX_BACKOFF, BACKOFF * 2.0**tries))  # noqa: S311 - nothing secret
 
 
 def _key(path: PurePath) -> str:

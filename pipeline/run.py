@@ -164,7 +164,7 @@ class _Run:
         if last == "derive":
             return {}
         with self.stage("index", None):
-            indexed = index.run(spec.index, spec.prefixes, full.rows, root)
+            indexed = bucket.insisting(root, lambda: index.run(spec.index, spec.prefixes, full.rows, root))
         if last == "index":
             return {}
         store.drop_leftovers(root)

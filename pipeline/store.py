@@ -19,6 +19,7 @@ from lance.file import LanceFileReader, LanceFileSession
 from lance.fragment import FragmentMetadata, write_fragments as lance_write_fragments
 from lance.query import MatchQuery
 
+from pipeline.bucket import insisting
 from pipeline.errors import DamageError, StaleError
 from pipeline.storage import STATE, Root, read_signed, signed, to_json
 
@@ -163,6 +164,10 @@ def commit(
     Compares data files first: a commit that has landed is not made again, also where its own reply was an error.
     `afresh` makes it anyway, without the indexes. DamageError where data files are gone.
     """
+    return insisting(root, lambda: _commit(root, table, schema, fragments, afresh))
+
+
+def _commit(root: Root, table: str, schema: pa.Schema, fragments: Sequence[Mapping[str, Any]], afresh: bool) -> int:
     uri = table_uri(root, table)
     version = None if afresh else _landed(uri, fragments)
     if version is None:
