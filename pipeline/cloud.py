@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.errors import SpecError
 
-RETRIES, BACKOFF, MAX_BACKOFF = 10, 0.05, 5.0
+RETRIES, BACKOFF, MAX_BACKOFF = 10, 0.02, 5.0
 """Seconds between two tries: from BACKOFF up, doubled and drawn at random, at most MAX_BACKOFF."""
 SECONDS = 120
 """After so long nothing is tried again."""

@@ -24,9 +24,17 @@ class Proxy:
     """Stands at `url` before a server on this machine; `rates` are shares of all requests by kind."""
 
     def __init__(
-        self, port: int, rates: Mapping[str, float] | None = None, seed: int = 0, late: float = 3.0, strip: bool = False
+        self,
+        port: int,
+        rates: Mapping[str, float] | None = None,
+        seed: int = 0,
+        late: float = 3.0,
+        strip: bool = False,
+        latency: float = 0.0,
     ) -> None:
         self.rates, self.late, self.strip, self.port = dict(rates or {}), late, strip, port
+        self.latency = latency
+        """Seconds before every request, as a store elsewhere has them."""
         self.counts: Counter[str] = Counter()
         self.left: dict[str, int] = {}
         """At most so many more of a kind; no limit for one that is not named."""
@@ -78,12 +86,15 @@ def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         timeout = 60
+        disable_nagle_algorithm = True
+        wbufsize = -1
 
         def log_message(self, *arguments: Any) -> None:
             pass
 
         def _pass(self) -> None:
             body = self._body()
+            time.sleep(proxy.latency)
             kind = proxy.fate(self.command)
             if kind in ERRORS:
                 status, code = ERRORS[kind]
