@@ -174,7 +174,9 @@ class Bucket(Disk):
         self._create(target, self._drafts[source])
 
     def get(self, path: PurePath) -> bytes:
-        """An object's bytes; FileNotFoundError."""
+        """An object's bytes, or a file's; FileNotFoundError."""
+        if not isinstance(path, Location):
+            return super().get(path)
         return self._ask(path, lambda store: bytes(_library().get(store, _key(path)).bytes()))
 
     def digest(self, path: PurePath) -> str | None:

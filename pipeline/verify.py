@@ -19,7 +19,7 @@ from typing import Any
 
 from pipeline import recompute
 from pipeline.bucket import Bucket
-from pipeline.errors import StaleError
+from pipeline.errors import PipelineError, StaleError
 from pipeline.reread import FORMAT, Notes
 from pipeline.seam import Location, Place
 
@@ -261,8 +261,11 @@ class _Files:
     def _bytes(self, name: str) -> bytes | None:
         if name not in self._seen:
             return None
+        path = self.root / name
         try:
-            return self._store.get(self.root / name)
+            return path.read_bytes() if isinstance(path, Path) else self._store.get(path)
+        except PipelineError:  # the store fails, which says nothing of the object
+            raise
         except OSError:
             return None
 
