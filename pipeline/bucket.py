@@ -23,13 +23,14 @@ from pipeline import storage
 from pipeline.cloud import BACKOFF, MAX_BACKOFF, RETRIES, SECONDS, environment, options
 from pipeline.errors import PipelineError, SpecError
 from pipeline.seam import Location, Stamp
+from pipeline.sentences import masked
 from pipeline.storage import KEPT, STATE, Disk, Root, sha256
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 STORES = {"s3": "S3Store", "gs": "GCSStore", "az": "AzureStore"}
-PART = re.compile(r"[A-Za-z0-9_.=@+,-]+")
+PART = re.compile(r"[A-Za-z0-9_.=+,-]+")
 """Other characters have more than one spelling in URLs and keys."""
 TRIES = 4
 """Of a call that the library gave up, or must not repeat by itself; the library tries RETRIES times within each."""
@@ -54,15 +55,16 @@ def located(root: str | Path) -> Root:
     """The root of a spec: an object store where a URL is given, else a folder. SpecError for a URL of another kind."""
     if "://" not in str(root):
         return Root(Path(root))
+    shown = masked(str(root))
     scheme, _, rest = str(root).partition("://")
     parts = [part for part in rest.split("/") if part]
     if scheme not in STORES or not parts:
         raise SpecError(
-            f"root {root}: name a folder or an object store: {', '.join(f'{one}://bucket' for one in STORES)}"
+            f"root {shown}: name a folder or an object store: {', '.join(f'{one}://bucket' for one in STORES)}"
         )
     for part in parts:
         if not PART.fullmatch(part) or part in (".", ".."):
-            raise SpecError(f"root {root}: {part!r} may have letters, digits and _ . = @ + , - only")
+            raise SpecError(f"root {shown}: its parts may have letters, digits and _ . = + , - only")
     return Root(Location(f"{scheme}://{'/'.join(parts)}"), disk=Bucket())
 
 
