@@ -61,5 +61,5 @@ $(READY): pyproject.toml constraints.txt
 	if [ -z "$$found" ]; then echo "make: no Python >= 3.11 found; install one, or name it: make PYTHON=/path/to/python" >&2; exit 2; fi; \
 	echo "setting up $(VENV) with $$found"; \
 	$$found -m venv $(VENV); \
-	$(BIN)/python -m pip install -q -q --disable-pip-version-check -c constraints.txt -e '.[demo,dev,nanotoken,resident]'; \
+	$(BIN)/python -m pip install -q -q --disable-pip-version-check -c constraints.txt -e '.[cloud,demo,dev,nanotoken,resident]'; \
 	touch $(READY)

@@ -82,10 +82,9 @@ class Opened:
         if generation.get("predictor"):
             kept = root.kept(generation["files"][predictor.FILE])
             self._predictors = predictor.from_bytes(kept, generation["predictor"])
+        self._root = root
         self._files = {
-            table: root / kept_name(digest)
-            for table, digest in generation["cache"].items()
-            if root.size(kept_name(digest))
+            table: kept_name(digest) for table, digest in generation["cache"].items() if root.size(kept_name(digest))
         }
         pinned = {
             name: store.open_table(store.table_uri(root, name), entry["version"])
@@ -321,10 +320,11 @@ class Opened:
             return self._held[view.name]
 
     def _load(self, view: View) -> Held:
-        path = self._files.get(view.name)
+        name = self._files.get(view.name)
         rows = None if view.is_dense else view.rows()
-        if path is None:
+        if name is None:
             return Held(view.codes(), view.codec, view.info.dim, rows)
+        path = self._root.local(name)
         codes = np.load(path, mmap_mode="r", allow_pickle=False)
         if codes.shape != (self.row_count, view.width) or codes.dtype != view.dtype:
             raise DamageError(f"{path} does not hold the codes of {view.name}; run `verify`, then the job again")

@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 
 from pipeline import corpus, embed, ledger, lock, plan, querylog, stopping, submit, verify
+from pipeline.bucket import is_of_a_store, located
 from pipeline.cascade import Level
 from pipeline.errors import DamageError, PipelineError, SpecError, StaleError
 from pipeline.run import Stage, check, run as run_job
@@ -66,7 +67,11 @@ def main() -> NoReturn:
             raise
         _last_words(stop.args[0])
         sys.exit(128 + stop.args[0])
-    except OSError as error:
+    except (OSError, RuntimeError, ValueError) as error:
+        if is_of_a_store(error):
+            sys.exit(_fail(f"the object store failed: {str(error).splitlines()[0][:300]}; run again", 1))
+        if not isinstance(error, OSError):
+            raise
         if error.errno not in DISK_ERRORS and "No space left" not in str(error):
             raise
         reason = str(error).splitlines()[0]
@@ -93,7 +98,7 @@ def run_command(
 ) -> None:
     """Run all stages; finished ones are skipped."""
     spec = JobSpec.load(job, sets or ())
-    before = ledger.newest_generation(Root(Path(spec.root)))
+    before = ledger.newest_generation(located(spec.root))
     with watched() as bars:
         generation = run_job(spec, first, last, bars)
     if as_json:
@@ -261,7 +266,7 @@ def search(
         raise SpecError("--exact and --hybrid exclude each other: hybrid search has another order")
     root, spec = _root_and_spec(job, sets)
     engine, stop = (None, None) if spec is None else (spec.search.engine, spec.search.stop)
-    index = open_index(root.path, _model_folder(spec), engine=engine)
+    index = open_index(str(root.path), _model_folder(spec), engine=engine)
     if exact or (hybrid is None and spec is not None and deadline_ms is None):
         hybrid = spec is not None and spec.search.hybrid and not exact
     cascade = [] if exact else _cascade(spec, index, k)
@@ -320,7 +325,7 @@ def evaluate(
         return
     with watched() as bars:
         run_job(spec, "evaluate", "report", bars)
-    measured = pl.read_parquet(Path(spec.root) / "evaluation.parquet", glob=False)
+    measured = pl.read_parquet(located(spec.root).local("evaluation.parquet"), glob=False)
     if as_json:
         sys.stdout.write(measured.write_ndjson())
     else:
@@ -329,8 +334,8 @@ def evaluate(
 
 def _log_queries(spec: JobSpec, path: str, as_json: bool) -> None:
     configure_logging(None)
-    root = Root(Path(spec.root))
-    index = open_index(root.path, model=_model_folder(spec))
+    root = located(spec.root)
+    index = open_index(str(root.path), model=_model_folder(spec))
     with lock.lock(root) as held:
         measured = querylog.run(path, index, spec.evaluate.k, spec.seed, held)
     if as_json:
@@ -350,7 +355,8 @@ def report_command(job: JobOrRoot, sets: Sets = None, as_json: AsJson = False) -
     if as_json:
         print_json({"report": str(path)})
     else:
-        out.print(f"{plain(str(path))}: {path.stat().st_size / 1e6:.1f} MB, opens in any browser without a network")
+        size = root.size(report.FILE) or 0
+        out.print(f"{plain(str(path))}: {size / 1e6:.1f} MB, opens in any browser without a network")
 
 
 @app.command()
@@ -365,17 +371,16 @@ def schema_text() -> str:
 
 
 def _root_and_spec(job: str, sets: list[str] | None) -> tuple[Root, JobSpec | None]:
-    path = Path(job)
-    if path.is_dir():
+    if "://" in job or Path(job).is_dir():
         if sets:
             raise SpecError(f"--set changes a spec; {job} is a root")
-        return Root(path), None
-    spec = JobSpec.load(path, sets or ())
-    return Root(Path(spec.root)), spec
+        return located(job), None
+    spec = JobSpec.load(job, sets or ())
+    return located(spec.root), spec
 
 
 def _summary(spec: JobSpec, generation: dict[str, Any]) -> None:
-    root, rows = Root(Path(spec.root)), generation["corpus"]
+    root, rows = located(spec.root), generation["corpus"]
     model = generation["model"]
     out.print(f"\n[bold]{spec.name}[/], generation {generation['generation']} in {plain(str(root.path))}")
     reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(rows["reasons"].items()))
@@ -398,12 +403,12 @@ def _summary(spec: JobSpec, generation: dict[str, Any]) -> None:
             f"  lancedb/{name}.lance", f"{entry['rows']:,}", each, f"{entry['bytes'] / 1e6:.1f}", index.get("kind", "-")
         )
     out.print(table)
-    print_evaluation(pl.read_parquet(root / "evaluation.parquet", glob=False))
+    print_evaluation(pl.read_parquet(root.local("evaluation.parquet"), glob=False))
 
 
 def _examples(spec: JobSpec, generation: dict[str, Any]) -> None:
     if spec.search.examples:
-        index = Index(Root(Path(spec.root)), generation)
+        index = Index(located(spec.root), generation)
         for text in spec.search.examples:
             out.print(f"\n{plain(text)}", style="bold")
             print_hits(index.search(text, k=3))
@@ -413,8 +418,9 @@ def _next(spec: JobSpec, job: str) -> None:
     text = spec.search.examples[0] if spec.search.examples else "your question"
     from pipeline import report  # late, as in run
 
-    page = Path(spec.root) / report.FILE
-    out.print(f"\nThe page of this run: {plain(str(page))}\nNext:" if page.is_file() else "\nNext:")
+    root = located(spec.root)
+    page = f"\nThe page of this run: {plain(str(root / report.FILE))}" if root.size(report.FILE) else ""
+    out.print(f"{page}\nNext:")
     out.print(f'  {plain(me())} search {plain(job)} "{plain(text)}" -k 5 --explain')
     out.print(f"  {plain(me())} status {plain(job)}")
     out.print(f"  {plain(me())} evaluate {plain(job)}")

@@ -246,7 +246,7 @@ def _summary(corpus: Corpus, root: Root, units: Sequence[Unit], records: Sequenc
     reasons: Counter[str] = Counter()
     for record in records:
         reasons.update(record["reasons"])
-    repeated = ids.repeated([(root / kept_name(record["kept"]), _rows(record)) for record in records])
+    repeated = ids.repeated([(root.local(kept_name(record["kept"])), _rows(record)) for record in records])
     if len(repeated) and corpus.id:
         raise _duplicate_id(corpus, files, counts, repeated)
     rows_file = b""
@@ -354,7 +354,7 @@ def _parts(files: Sequence[SourceFile], starts: NDArray[np.int64], start: int, s
 def known_ids(root: Root, scan: Scan, corpus: Corpus, names: Sequence[str]) -> list[bool]:
     """Which of these ids the corpus holds, by the spilled hashes."""
     hashes = [ids.of_id(name) if corpus.id else ids.of_text_id(name) for name in names]
-    return ids.known([root / kept_name(spill) for spill in scan.spills], hashes)
+    return ids.known([root.local(kept_name(spill)) for spill in scan.spills], hashes)
 
 
 def known_rows(files: Sequence[SourceFile]) -> int | None:

@@ -114,7 +114,7 @@ def take(root: Root, me: Owner) -> Root:
     if not dead:
         raise _refused(root, owner)
     held = replace(root, fence=last + 1)
-    claim = {**vars(me), "presumed_dead": owner is not None and not owner.is_here()}
+    claim = {**vars(me), "token": root.disk.unique(), "presumed_dead": owner is not None and not owner.is_here()}
     if not _claimed(root, held.fence, to_json(signed(claim))) or highest(root) != held.fence:
         raise _refused(root, _owner(root, highest(root)))
     if owner is not None:

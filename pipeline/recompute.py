@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -35,8 +35,11 @@ NAME = re.compile("[a-z0-9_]+")
 Artefacts = Mapping[str, tuple[str, Values]]
 
 
-def run(root: Path, generation: Mapping[str, Any], damaged: Collection[str], notes: Notes) -> None:
-    """Check every table of a generation; those with a file among `damaged` are left out, as is what rests on them."""
+def run(root: PurePath, generation: Mapping[str, Any], damaged: Collection[str], quarantine: Any, notes: Notes) -> None:
+    """Check every table of a generation; those with a file among `damaged` are left out, as is what rests on them.
+
+    `quarantine` is the path of that file, or the file itself, open.
+    """
     tables: dict[str, Table] = {}
     with notes.reading("the list of tables"):
         prefixes = {reread.table_of(one): one for one in generation["spec"]["prefixes"]}
@@ -63,7 +66,7 @@ def run(root: Path, generation: Mapping[str, Any], damaged: Collection[str], not
         codes = [one for one in map(_Codes, tables.values()) if one.find(artefacts, notes)] if is_fitted else []
         rows = _Pass(documents, codes, generation, notes).run()
         if QUARANTINE not in damaged:
-            _check_quarantine(root / QUARANTINE, generation["corpus"], rows, notes)
+            _check_quarantine(quarantine, generation["corpus"], rows, notes)
 
 
 class _Codes:
@@ -261,9 +264,9 @@ def _hash(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def _check_quarantine(path: Path, corpus: Mapping[str, Any], rows: Values, notes: Notes) -> None:
+def _check_quarantine(quarantine: Any, corpus: Mapping[str, Any], rows: Values, notes: Notes) -> None:
     """Every row of the corpus is in `documents` or here, never both, and the reasons are those counted."""
-    aside = pq.read_table(path, columns=["row", "reason"])
+    aside = pq.read_table(quarantine, columns=["row", "reason"])
     numbers, reasons = aside["row"].to_numpy(), Counter(aside["reason"].to_pylist())
     for reason in sorted(set(reasons) - REASONS, key=str):
         notes.say(f"{QUARANTINE}: {reason!r} is no reason")

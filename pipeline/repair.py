@@ -1,25 +1,24 @@
 """Before a run: what was damaged since it was written is set aside, so that only its work is done again.
 
-A file whose size and time are those of the last look is trusted (`verify` re-reads everything, and touches what it
-finds damaged, so that the next run looks again).
+A file whose size and time (or ETag) are those of the last look is trusted (`verify` re-reads everything, and touches
+what it finds damaged, so that the next run looks again).
 """
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from pipeline import ledger
 from pipeline.errors import DamageError
-from pipeline.storage import ASIDE, DRAFTS, KEPT, STATE, Root, read_signed, sha256, signed, to_json
+from pipeline.seam import Stamp
+from pipeline.storage import ASIDE, DRAFTS, KEPT, STATE, Root, read_signed, signed, to_json
 
 log = logging.getLogger(__name__)
 
 STAMPS = f"{STATE}/stamps.json"
-"""Size and time of every file at the last look: a cache, which may be lost."""
-Stamps = dict[str, list[int]]
+"""The stamp of every file at the last look: a cache, which may be lost."""
+Stamps = dict[str, Stamp]
 UNSIGNED = (ASIDE, DRAFTS, f"{STATE}/locks")
 
 
@@ -39,7 +38,7 @@ def run(root: Root) -> set[str]:
     for name, digest in files.items():
         if name in seen and seen[name] == known.get(name):
             continue
-        if name not in seen or sha256(root / name) != digest:
+        if name not in seen or root.disk.digest(root / name) != digest:
             damaged.add(name)
             if name in seen:
                 _set_aside(root, name)
@@ -67,7 +66,7 @@ def table_files(
     for name in seen:
         if name.startswith("lancedb/") and name.split("/")[1].removesuffix(".lance") in tables:
             unchanged = name in before and seen[name] == known.get(name)
-            found[name] = digests.get(name) or (before[name] if unchanged else sha256(root / name))
+            found[name] = digests.get(name) or (before[name] if unchanged else str(root.disk.digest(root / name)))
     return found
 
 
@@ -79,22 +78,8 @@ def _known(root: Root) -> Stamps:
 
 
 def _stamps(root: Root) -> Stamps:
-    """Size and time in nanoseconds of every file below the root, by name."""
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in _walk(root.path, "")}
-
-
-def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
-    try:
-        entries = list(os.scandir(folder))
-    except FileNotFoundError:
-        return
-    for entry in entries:
-        name = prefix + entry.name
-        if entry.is_dir(follow_symlinks=False):
-            if name not in (DRAFTS, ASIDE):
-                yield from _walk(folder / entry.name, name + "/")
-        elif entry.is_file(follow_symlinks=False) and not entry.name.startswith("."):
-            yield name, entry.stat()
+    """A stamp of every file below the root, by name."""
+    return dict(root.disk.stamps(root.path, (DRAFTS, ASIDE)))
 
 
 def _private(root: Root, seen: Stamps) -> Iterator[str]:

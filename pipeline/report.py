@@ -17,8 +17,9 @@ from pipeline.encoders import meters
 from pipeline.errors import StaleError
 from pipeline.html import Example, Grid, Hit, Page, Section, grid, render
 from pipeline.metrics import METRICS
+from pipeline.seam import Place
 from pipeline.spec import JobSpec
-from pipeline.storage import Root, sha256
+from pipeline.storage import Root
 from pipeline.tables import DOCUMENTS, PARAMETERS
 
 FILE = "report.html"
@@ -51,7 +52,7 @@ class Facts:
     query_log: pl.DataFrame | None
 
 
-def run(root: Root) -> Path:
+def run(root: Root) -> Place:
     """Write the page of the root's newest generation; StaleError where none is finished."""
     root.write(FILE, page(read(root)).encode())
     return root / FILE
@@ -63,20 +64,21 @@ def read(root: Root) -> Facts:
     if generation is None:
         raise StaleError(f"{root.path} has no finished generation; run the job first")
     for name in ("evaluation.parquet", "rankings.parquet", "examples.parquet", "quarantine.parquet"):
-        path = root / name
-        if not path.is_file() or sha256(path) != generation["files"].get(name):
-            raise StaleError(f"{path} is not what generation {generation['generation']} was published with; run again")
-    timed = pl.scan_parquet(root / "rankings.parquet", glob=False).group_by("setting").agg(pl.col("seconds").count())
-    quarantine = pl.scan_parquet(root / "quarantine.parquet", glob=False)
-    log = root / querylog.NAME
+        if root.disk.digest(root / name) != generation["files"].get(name, ""):
+            number = generation["generation"]
+            raise StaleError(f"{root / name} is not what generation {number} was published with; run again")
+    rankings = pl.scan_parquet(root.local("rankings.parquet"), glob=False)
+    timed = rankings.group_by("setting").agg(pl.col("seconds").count())
+    quarantine = pl.scan_parquet(root.local("quarantine.parquet"), glob=False)
+    log = root.read(querylog.NAME)
     return Facts(
         generation,
-        plots.described(pl.read_parquet(root / "evaluation.parquet", glob=False)),
+        plots.described(pl.read_parquet(root.local("evaluation.parquet"), glob=False)),
         min(timed.collect()["seconds"].to_list(), default=0),
-        pl.read_parquet(root / "examples.parquet", glob=False),
+        pl.read_parquet(root.local("examples.parquet"), glob=False),
         quarantine.sort("row").head(MAX_DETAILS).collect(),
         quarantine.group_by("reason").agg(rows=pl.len()).sort("rows", "reason", descending=[True, False]).collect(),
-        pl.read_parquet(log, glob=False).sort("measured_at") if log.is_file() else None,
+        None if log is None else pl.read_parquet(log).sort("measured_at"),
     )
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import lance
@@ -98,7 +98,7 @@ def table_of(prefix: Mapping[str, Any]) -> str:
     return f"prefix_{prefix['dim']}_{prefix['precision']}" + ("_nested" if prefix.get("blocks") else "")
 
 
-def opened(root: Path, name: str, generation: Mapping[str, Any], prefix: Any, notes: Notes) -> Table:
+def opened(root: PurePath, name: str, generation: Mapping[str, Any], prefix: Any, notes: Notes) -> Table:
     """Open a table; compare its files, schema, metadata and indexes with the generation."""
     entry = generation["tables"][name]
     data = lance.dataset(str(root / f"lancedb/{name}.lance"), version=int(entry["version"]))

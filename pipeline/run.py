@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 import polars as pl
 
 from pipeline import (
+    bucket,
     cache,
     corpus,
     derive,
@@ -74,11 +75,12 @@ def run(spec: JobSpec, first: Stage = "corpus", last: Stage = "report", on_stage
     """
     if STAGES.index(first) > STAGES.index(last):
         raise SpecError(f"--from {first} comes after --until {last}; the order is {', '.join(STAGES)}")
-    root = Root(Path(spec.root))
+    root = bucket.located(spec.root)
     folder = check(spec)
-    storage.prepare(root)
-    with lock.lock(root) as held, Pool(spec.workers, spec.name, held) as pool:
-        return _Run(spec, held, folder, pool, on_stage).go(first, last)
+    with bucket.reaching(root):
+        bucket.prepare(root)
+        with lock.lock(root) as held, Pool(spec.workers, spec.name, held) as pool:
+            return _Run(spec, held, folder, pool, on_stage).go(first, last)
 
 
 class _Run:
@@ -163,7 +165,7 @@ class _Run:
         if last == "derive":
             return {}
         with self.stage("index", None):
-            indexed = index.run(spec.index, spec.prefixes, full.rows, root)
+            indexed = bucket.insisting(root, lambda: index.run(spec.index, spec.prefixes, full.rows, root))
         if last == "index":
             return {}
         store.drop_leftovers(root)

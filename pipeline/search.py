@@ -14,6 +14,7 @@ import numpy as np
 import polars as pl
 
 from pipeline import anytime, hybrid as fusion, ledger
+from pipeline.bucket import located
 from pipeline.cascade import QUERIES_AT_ONCE, Cascade, Level, Opened
 from pipeline.encoders.queries import QueryEncoder
 from pipeline.errors import QueryError, StaleError
@@ -36,7 +37,7 @@ def open_index(
     `model` names another copy of the recorded model, `device` a torch device; `engine` (auto, lance, resident) and
     `memory` (bytes) stand in for the spec's. StaleError where nothing is finished.
     """
-    opened = Root(Path(root))
+    opened = located(root)
     return Index(opened, _newest(opened), model, device, engine, memory)
 
 

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.arrow import ArrowFSWrapper
 from pyarrow import fs
 
-from pipeline import docstrings, limits, lines, parquet, store
+from pipeline import cloud, docstrings, limits, lines, parquet, store
 from pipeline.errors import DataError, SpecError, StaleError
 from pipeline.parquet import BATCH_ROWS, Parquet
 
@@ -126,11 +126,10 @@ def _file(info: fs.FileInfo, scheme: str) -> SourceFile:
 def locate(entry: str) -> tuple[fs.FileSystem, str, str]:
     """File system, path on it, and what to put before a path to name the file again."""
     if "://" not in entry:
-        return (
-            fs.LocalFileSystem(),
-            str(fs.LocalFileSystem().normalize_path(str(Path(entry).expanduser().absolute()))),
-            "",
-        )
+        path = str(Path(entry).expanduser().absolute())
+        return fs.LocalFileSystem(), str(fs.LocalFileSystem().normalize_path(path)), ""
+    if entry.startswith("s3://") and "?" not in entry and (found := cloud.arrow_s3()) is not None:
+        return found, entry.removeprefix("s3://"), "s3://"
     try:
         filesystem, path = fs.FileSystem.from_uri(entry)
     except (pa.ArrowException, OSError, ValueError) as error:

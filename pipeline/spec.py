@@ -326,7 +326,9 @@ class JobSpec(Section):
     """A whole job."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="letters, digits, . _ -")
-    root: str = Field(min_length=1, description="a folder; all that the job writes lies below it")
+    root: str = Field(
+        min_length=1, description="a folder or s3://bucket/name (gs://, az://); all that the job writes lies below it"
+    )
     seed: int = Field(0, ge=0)
     corpus: Corpus
     model: Model

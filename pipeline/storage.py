@@ -1,8 +1,9 @@
 """The one seam to storage: every file of a root but Lance's own goes through `Root`.
 
 A file appears whole or not at all: draft, fsync, rename (or link, which never replaces), fsync of the folder. Drafts
-lie in a folder of the job that holds the root, so that what a killed one left is known by name. `Disk` is the real
-storage; tests put a simulated one in its place that stops, fails, tears or forgets at any call.
+lie in a folder of the job that holds the root, so that what a killed one left is known by name. `Disk` is a folder's
+storage, `bucket.Bucket` an object store's; tests put a simulated one in their place that stops, fails, tears or forgets
+at any call.
 """
 
 import hashlib
@@ -11,11 +12,13 @@ import os
 import shutil
 import time
 import uuid
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any
 
 from pipeline.errors import DamageError, SpecError
+from pipeline.seam import Backend, Place, Stamp
 
 STATE = "_state"
 DRAFTS = f"{STATE}/drafts"
@@ -25,126 +28,87 @@ ASIDE = f"{STATE}/damaged"
 """Where damaged files are moved, out of every reader's way."""
 
 
-class Backend(Protocol):
-    """What storage must do. Each call is one step, which may fail by itself with OSError."""
-
-    def put(self, path: Path, data: bytes) -> None:
-        """Make a file of these bytes, not yet durable."""
-
-    def sync(self, path: Path) -> None:
-        """Bring a file's bytes to disk."""
-
-    def replace(self, source: Path, target: Path) -> None:
-        """Rename; a target that exists is replaced."""
-
-    def link(self, source: Path, target: Path) -> None:
-        """Give a file a second name; FileExistsError where the name is taken."""
-
-    def make_folder(self, folder: Path) -> None:
-        """Make a folder and those above it, durable; no error where it exists."""
-
-    def sync_folder(self, folder: Path) -> None:
-        """Bring a folder's names to disk."""
-
-    def get(self, path: Path) -> bytes:
-        """A file's bytes; FileNotFoundError."""
-
-    def digest(self, path: Path) -> str | None:
-        """sha256 of a file's bytes, in hex; None where there is no file."""
-
-    def names(self, folder: Path) -> list[str]:
-        """Names in a folder; none where there is no folder."""
-
-    def size(self, path: Path) -> int | None:
-        """A file's bytes counted; None where there is no file."""
-
-    def delete(self, path: Path) -> None:
-        """Remove a file; no error where there is none."""
-
-    def remove_folder(self, folder: Path) -> None:
-        """Remove a folder and what is in it; no error where there is none."""
-
-    def free(self, folder: Path) -> int:
-        """Bytes that may still be written."""
-
-    def unique(self) -> str:
-        """A name that was never given before."""
-
-    def clock(self) -> float:
-        """Monotonic seconds."""
-
-    def sleep(self, seconds: float) -> None:
-        """Wait."""
-
-
 class Disk:
     """A local file system, or one mounted."""
 
-    def put(self, path: Path, data: bytes) -> None:
+    def put(self, path: PurePath, data: bytes) -> None:
         """Make a file of these bytes, not yet durable."""
-        with path.open("wb") as file:
+        with Path(path).open("wb") as file:
             file.write(data)
 
-    def sync(self, path: Path) -> None:
+    def sync(self, path: PurePath) -> None:
         """Bring a file's bytes to disk."""
         _fsync(path)
 
-    def replace(self, source: Path, target: Path) -> None:
+    def replace(self, source: PurePath, target: PurePath) -> None:
         """Rename; a target that exists is replaced."""
-        source.replace(target)
+        Path(source).replace(target)
 
-    def link(self, source: Path, target: Path) -> None:
+    def link(self, source: PurePath, target: PurePath) -> None:
         """Give a file a second name; FileExistsError where the name is taken."""
         os.link(source, target)
 
-    def make_folder(self, folder: Path) -> None:
+    def make_folder(self, folder: PurePath) -> None:
         """Make a folder and those above it, durable; no error where it exists."""
-        if folder.is_dir():
+        if Path(folder).is_dir():
             return
         self.make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
+        Path(folder).mkdir(exist_ok=True)
         _fsync(folder.parent)
 
-    def sync_folder(self, folder: Path) -> None:
+    def sync_folder(self, folder: PurePath) -> None:
         """Bring a folder's names to disk."""
         _fsync(folder)
 
-    def get(self, path: Path) -> bytes:
+    def get(self, path: PurePath) -> bytes:
         """A file's bytes; FileNotFoundError."""
-        return path.read_bytes()
+        return Path(path).read_bytes()
 
-    def digest(self, path: Path) -> str | None:
+    def digest(self, path: PurePath) -> str | None:
         """sha256 of a file's bytes, in hex; None where there is no file."""
-        return sha256(path) if path.is_file() else None
+        return sha256(path) if Path(path).is_file() else None
 
-    def names(self, folder: Path) -> list[str]:
+    def names(self, folder: PurePath) -> list[str]:
         """Names in a folder; none where there is no folder."""
         try:
             return [entry.name for entry in os.scandir(folder)]
         except (FileNotFoundError, NotADirectoryError):
             return []
 
-    def size(self, path: Path) -> int | None:
+    def size(self, path: PurePath) -> int | None:
         """A file's bytes counted; None where there is no file."""
-        return path.stat().st_size if path.is_file() else None
+        return Path(path).stat().st_size if Path(path).is_file() else None
 
-    def delete(self, path: Path) -> None:
+    def delete(self, path: PurePath) -> None:
         """Remove a file; no error where there is none."""
-        path.unlink(missing_ok=True)
+        Path(path).unlink(missing_ok=True)
 
-    def remove_folder(self, folder: Path) -> None:
+    def remove_folder(self, folder: PurePath) -> None:
         """Remove a folder and what is in it; no error where there is none."""
         for below, folders, files in os.walk(folder, topdown=False):
             for name in files:
                 Path(below, name).unlink(missing_ok=True)
             for name in folders:
                 Path(below, name).rmdir()
-        if folder.is_dir():
-            folder.rmdir()
+        if Path(folder).is_dir():
+            Path(folder).rmdir()
 
-    def free(self, folder: Path) -> int:
+    def free(self, folder: PurePath) -> int:
         """Bytes that may still be written."""
         return shutil.disk_usage(folder).free
+
+    def draft_folder(self, folder: PurePath) -> Path:
+        """Make a folder of this machine for drafts: that one."""
+        self.make_folder(folder)
+        return Path(folder)
+
+    def local(self, path: PurePath) -> Path:
+        """A file as one of this machine: itself."""
+        return Path(path)
+
+    def stamps(self, folder: PurePath, leave_out: Collection[str]) -> Mapping[str, Stamp]:
+        """Size and time in nanoseconds of every file below a folder, hidden ones apart."""
+        return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in _walk(folder, "", leave_out)}
 
     def unique(self) -> str:
         """A name that was never given before."""
@@ -159,7 +123,21 @@ class Disk:
         time.sleep(seconds)
 
 
-def _fsync(path: Path) -> None:
+def _walk(folder: PurePath, prefix: str, leave_out: Collection[str]) -> Iterator[tuple[str, os.stat_result]]:
+    try:
+        entries = list(os.scandir(folder))
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        name = prefix + entry.name
+        if entry.is_dir(follow_symlinks=False):
+            if name not in leave_out:
+                yield from _walk(folder / entry.name, name + "/", leave_out)
+        elif entry.is_file(follow_symlinks=False) and not entry.name.startswith("."):
+            yield name, entry.stat()
+
+
+def _fsync(path: PurePath) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -169,16 +147,16 @@ def _fsync(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Root:
-    """All that a job writes, below one folder; `fence` is the number of the job that holds it (0: a reader).
+    """All that a job writes, below one place; `fence` is the number of the job that holds it (0: a reader).
 
     Names are relative, with `/`. One that leads out of the root is a DamageError: only a damaged record has it.
     """
 
-    path: Path
+    path: Place
     fence: int = 0
     disk: Backend = field(default_factory=Disk)
 
-    def __truediv__(self, name: str) -> Path:
+    def __truediv__(self, name: str) -> Place:
         """Where a file of the root lies."""
         return self.path / _inside(name)
 
@@ -224,6 +202,10 @@ class Root:
     def size(self, name: str) -> int | None:
         """A file's bytes counted; None where there is no such file."""
         return self.disk.size(self / name)
+
+    def local(self, name: str) -> Path:
+        """A file as one of this machine, to be opened or mapped by others; FileNotFoundError for an object."""
+        return self.disk.local(self / name)
 
     def names(self, folder: str) -> list[str]:
         """Names in a folder, in order; none where there is no folder."""
@@ -271,9 +253,7 @@ class Root:
 
     def draft_folder(self) -> Path:
         """A folder of its own for files that others write; removed with this job's drafts."""
-        folder = self / f"{DRAFTS}/{self.fence}/{self.disk.unique()}"
-        self.disk.make_folder(folder)
-        return folder
+        return self.disk.draft_folder(self / f"{DRAFTS}/{self.fence}/{self.disk.unique()}")
 
     def drop_drafts(self, fence: int) -> None:
         """Remove what the holder of that number left unfinished; 0 stands for all who never came to hold the root."""
@@ -283,12 +263,12 @@ class Root:
         for name in [] if fence else self.disk.names(folder):  # others may be about to use the folder itself
             self.disk.delete(folder / name)
 
-    def _ready(self, name: str) -> Path:
+    def _ready(self, name: str) -> Place:
         target = self / name
         self.disk.make_folder(target.parent)
         return target
 
-    def _draft(self, data: bytes) -> Path:
+    def _draft(self, data: bytes) -> Place:
         folder = self / f"{DRAFTS}/{self.fence}"
         self.disk.make_folder(folder)
         draft = folder / self.disk.unique()
@@ -316,8 +296,8 @@ def _inside(name: str) -> PurePosixPath:
 
 def prepare(root: Root) -> None:
     """Make the root's folders; SpecError where that is not allowed."""
-    if "://" in str(root.path) or ":/" in str(root.path):
-        raise SpecError(f"root {root.path}: object stores are not supported yet; name a folder")
+    if isinstance(root.path, Path) and ":/" in str(root.path):
+        raise SpecError(f"root {root.path}: object stores are named by a text, s3://bucket/name, not by a Path")
     try:
         for name in (STATE, "lancedb", "generations"):
             root.disk.make_folder(root / name)
@@ -356,7 +336,7 @@ def read_signed(root: Root, name: str) -> dict[str, Any] | None:
     return dict(value)
 
 
-def sha256(path: Path) -> str:
+def sha256(path: PurePath) -> str:
     """Hex digest of a file's bytes."""
-    with path.open("rb") as file:
+    with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

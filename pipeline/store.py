@@ -9,16 +9,17 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeAlias
 
 import lance
 import numpy as np
 import pyarrow as pa
-from lance.file import LanceFileReader
+from lance.file import LanceFileReader, LanceFileSession
 from lance.fragment import FragmentMetadata, write_fragments as lance_write_fragments
 from lance.query import MatchQuery
 
+from pipeline.bucket import insisting
 from pipeline.errors import DamageError, StaleError
 from pipeline.storage import STATE, Root, read_signed, signed, to_json
 
@@ -49,7 +50,7 @@ class Written:
 class Stored:
     """Rows that lie in data files which no version need hold, in order; they are streamed, never all in memory."""
 
-    files: Sequence[Path]
+    files: Sequence[PurePath]
     num_rows: int
 
     def reader(self, schema: pa.Schema) -> pa.RecordBatchReader:
@@ -163,6 +164,10 @@ def commit(
     Compares data files first: a commit that has landed is not made again, also where its own reply was an error.
     `afresh` makes it anyway, without the indexes. DamageError where data files are gone.
     """
+    return insisting(root, lambda: _commit(root, table, schema, fragments, afresh))
+
+
+def _commit(root: Root, table: str, schema: pa.Schema, fragments: Sequence[Mapping[str, Any]], afresh: bool) -> int:
     uri = table_uri(root, table)
     version = None if afresh else _landed(uri, fragments)
     if version is None:
@@ -204,7 +209,7 @@ def holds(root: Root, table: str, version: int, fragments: Sequence[Mapping[str,
 
 
 def sync_table(root: Root, table: str) -> None:
-    """Bring to disk what Lance wrote beside the data files: versions, transactions, indexes."""
+    """Bring to disk what Lance wrote beside the data files: versions, transactions, indexes; a store has them there."""
     folder = root / table_name(table)
     for below, folders, files in os.walk(folder):
         if Path(below) == folder:
@@ -234,6 +239,8 @@ def check_files(root: Root, table: str, files: Mapping[str, str]) -> None:
 
 def table_exists(uri: str) -> bool:
     """Whether a version of the table was ever committed."""
+    if "://" in uri:
+        return bool(LanceFileSession(f"{uri}/_versions").list())
     return (Path(uri) / "_versions").is_dir() and any((Path(uri) / "_versions").iterdir())
 
 

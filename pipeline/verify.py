@@ -1,10 +1,12 @@
 """An independent check of a finished root, from its files alone: `matryoshka verify`.
 
 Comes in: the root's folder. Goes out: problems, each a sentence that names a file, or a table and its row. It shares
-no code with what writes, and writes nothing: a damaged file is touched, so that the next run looks at it again.
+no code with what writes but the calls to an object store, and writes nothing: a damaged file is touched, so that the
+next run looks at it again.
 """
 
 import hashlib
+import io
 import json
 import os
 import stat
@@ -16,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import recompute
-from pipeline.errors import StaleError
+from pipeline.bucket import Bucket
+from pipeline.errors import PipelineError, StaleError
 from pipeline.reread import FORMAT, Notes
+from pipeline.seam import Location, Place
 
 THREADS = 2
 GENERATIONS, MANIFEST, STATE = "generations/", "manifest.json", "_state/"
@@ -48,12 +52,12 @@ class Findings:
         return not self.problems
 
 
-def run(root: Path) -> Findings:
+def run(root: Place) -> Findings:
     """Check everything below a root; StaleError where nothing was ever finished there."""
     files = _Files(root)
     newest = files.check()
     if newest is not None:
-        recompute.run(root, newest, files.damaged, files.notes)
+        recompute.run(root, newest, files.damaged, files.quarantine(), files.notes)
     number = 0 if newest is None else int(newest["generation"])
     files.touch()
     told = (*files.damaged.values(), *files.notes.told())
@@ -64,7 +68,7 @@ def run(root: Path) -> Findings:
 class _Files:
     """The files below a root: those that tell by themselves whether they are whole, then those the generation names."""
 
-    root: Path
+    root: Place
     notes: Notes = field(default_factory=Notes)
     damaged: dict[str, str] = field(default_factory=dict)
     """A sentence on each file, by its name."""
@@ -75,9 +79,16 @@ class _Files:
     _older: set[str] = field(default_factory=set)
     """Named by any generation: what the newest one does not use any more may be gone or changed."""
     _data: set[str] = field(default_factory=set)
+    _store: Bucket = field(default_factory=Bucket)
+    _objects: Mapping[str, int] = field(default_factory=dict)
+    """Bytes counted of each object, where the root is in a bucket."""
 
     def __post_init__(self) -> None:
         """List what is there; links to folders are not followed."""
+        if isinstance(self.root, Location):
+            self._objects = {name: size for name, (size, _) in self._store.stamps(self.root, ()).items()}
+            self._seen |= set(self._objects)
+            return
         for below, folders, files in os.walk(self.root):
             for name in (*files, *folders):
                 path = Path(below, name)
@@ -100,8 +111,18 @@ class _Files:
         self.notes.checked["records"] += len(records)
         return newest
 
+    def quarantine(self) -> Any:
+        """Its file, as its path or open."""
+        name = recompute.QUARANTINE
+        return self.root / name if isinstance(self.root, Path) else io.BytesIO(self._bytes(name) or b"")
+
     def touch(self) -> None:
-        """Give damaged files a new time, by which the next run notices them."""
+        """Let the next run notice damaged files: by a new time; in a bucket by taking away what it saw last."""
+        if isinstance(self.root, Location):
+            if self.damaged:
+                with suppress(OSError):
+                    self._store.delete(self.root / STAMPS)
+            return
         for name in self.damaged:
             if name in self._seen:
                 with suppress(OSError):
@@ -199,7 +220,7 @@ class _Files:
             if _leads_out(name) or not isinstance(digest, str):
                 self.notes.say(f"generation {generation['generation']} names {name!r}, which is no file below a root")
             elif name not in self._seen:
-                is_there = os.path.lexists(self.root / name)
+                is_there = isinstance(self.root, Path) and os.path.lexists(self.root / name)
                 self._bad(name, "is no plain file below the root" if is_there else "is gone")
             else:
                 wanted[name] = digest
@@ -229,6 +250,8 @@ class _Files:
                 self.notes.checked["bytes"] += size
 
     def _digest(self, name: str) -> tuple[str, int]:
+        if isinstance(self.root, Location):
+            return self._store.digest(self.root / name) or "gone", self._objects[name]
         try:
             with (self.root / name).open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
@@ -236,8 +259,13 @@ class _Files:
             return f"not readable: {error.strerror}", 0
 
     def _bytes(self, name: str) -> bytes | None:
+        if name not in self._seen:
+            return None
+        path = self.root / name
         try:
-            return (self.root / name).read_bytes() if name in self._seen else None
+            return path.read_bytes() if isinstance(path, Path) else self._store.get(path)
+        except PipelineError:  # the store fails, which says nothing of the object
+            raise
         except OSError:
             return None
 

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "pipeline"
 LEVELS = [
-    {"errors", "vectors", "metrics", "template", "sentences", "stopping", "limits", "reread", "cores"} | {"telemetry"},
+    {"errors", "vectors", "metrics", "template", "sentences", "stopping", "limits", "reread", "cores", "telemetry", "seam"},
     {
         "teams",
         "rotation",
@@ -22,9 +22,10 @@ LEVELS = [
         "resident",
         "cosines",
         "margin",
+        "cloud",
     },
-    {"transform", "html", "verify", "predictor", "logs"},
-    {"probe", "adaptor", "actor"},
+    {"transform", "html", "predictor", "logs", "bucket"},
+    {"probe", "adaptor", "actor", "verify"},
     {"spec", "store", "docstrings", "tables", "ids", "lock", "ledger"},
     {"sources", "encoders", "placement", "repair", "submit"},
     {"workers"},
@@ -54,9 +55,10 @@ ALLOWED = {
     "openvino": {"encoders"},
     "nncf": {"encoders"},
     "nanotoken": {"encoders"},
+    "obstore": {"bucket"},
 }
 LATE = {"ray", "lancedb", "faiss", "numkong", "torch", "sentence_transformers", "transformers", "huggingface_hub"} | {
-    "openvino", "nncf", "nanotoken",
+    "openvino", "nncf", "nanotoken", "obstore",
 }  # fmt: skip
 """Packages that may only be imported inside a function."""
 

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import logging
+import os
 import re
 import shutil
 import signal
@@ -442,11 +443,14 @@ def test_wrong_calls(arguments, words, job_file, values, call):
         pytest.param("file", ["root file", "folder"], id="root-is-a-file"),
         pytest.param("file/below", ["root file/below", "folder"], id="root-below-a-file"),
         pytest.param("half", ["root half", "folder"], id="file-where-a-folder-belongs"),
-        pytest.param("s3://bucket/job", ["s3:", "bucket/job", "object stores", "folder"], id="object-store"),
-        pytest.param("gs://bucket", ["gs:", "bucket", "object stores", "folder"], id="another-object-store"),
+        pytest.param("s3://bucket/job", ["s3:", "credentials", "AWS_ACCESS_KEY_ID"], id="object-store"),
+        pytest.param("gs://bucket", ["gs:", "credentials", "GOOGLE_"], id="another-object-store"),
+        pytest.param("ftp://host/job", ["ftp://host/job", "folder", "s3://bucket"], id="no-store"),
     ],
 )
-def test_roots_that_cannot_be_written(root, words, job_file, call):
+def test_roots_that_cannot_be_written(root, words, job_file, call, monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_"))]:
+        monkeypatch.delenv(name)
     write({"file": b"precious", "half/lancedb": b"precious"})
     call("run", job_file(root=root)).refuses(2, *words)
     assert Path("file").read_bytes() == Path("half/lancedb").read_bytes() == b"precious"

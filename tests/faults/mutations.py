@@ -74,8 +74,8 @@ STORAGE = [
     ("keep_file does not sync", "        self.disk.sync(draft)\n        digest = sha256", "        digest = sha256"),
     (
         "a new folder's name is not synced",
-        "        folder.mkdir(exist_ok=True)\n        _fsync(folder.parent)",
-        "        folder.mkdir(exist_ok=True)",
+        "        Path(folder).mkdir(exist_ok=True)\n        _fsync(folder.parent)",
+        "        Path(folder).mkdir(exist_ok=True)",
     ),
     (
         "sync does nothing",
@@ -95,7 +95,7 @@ STORAGE = [
     ),
     ("create replaces", "self.disk.link(draft, target)", "self.disk.replace(draft, target)"),
     ("create without a draft", "self.disk.link(draft, target)", "self.disk.put(target, data); self.disk.sync(target)"),
-    ("link replaces", "        os.link(source, target)", "        source.replace(target)"),
+    ("link replaces", "        os.link(source, target)", "        Path(source).replace(target)"),
     (
         "adopt copies",
         "        self.disk.replace(draft, target)\n",

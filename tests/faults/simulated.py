@@ -336,6 +336,16 @@ class SimDisk:
         self.world.names += 1
         return f"u{self.world.names}"
 
+    def draft_folder(self, folder: Path) -> Path:
+        self.make_folder(folder)
+        return folder
+
+    def local(self, path: Path) -> Path:
+        return path
+
+    def stamps(self, folder: Path, leave_out: Any) -> dict[str, Any]:
+        return {}
+
     def clock(self) -> float:
         return self.world.time
 
