@@ -22,7 +22,7 @@ LEVELS = [
         "cosines",
         "margin",
     },
-    {"transform", "html", "verify", "predictor"},
+    {"transform", "html", "verify", "predictor", "listing"},
     {"probe", "adaptor"},
     {"spec", "store", "docstrings", "tables", "ids", "lock", "ledger"},
     {"sources", "encoders", "workers", "repair"},
