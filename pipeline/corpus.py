@@ -326,9 +326,9 @@ def shards(scan: Scan, corpus: Corpus, root: Root) -> list[Shard]:
     size = shard_rows(scan.rows, corpus)
     repeated = store.from_npy(root.kept(scan.repeated)) if scan.repeated else np.array([], np.int64)
     starts = np.cumsum([0, *scan.counts])
-    cut = []
-    for number, start in enumerate(range(0, scan.rows, size)):
-        stop = min(start + size, scan.rows)
+    cut, total = [], scan.rows
+    for number, start in enumerate(range(0, total, size)):
+        stop = min(start + size, total)
         low, high = np.searchsorted(repeated, [start, stop])
         parts = tuple(_parts(scan.files, starts, start, stop))
         cut.append(Shard(number, start, stop - start, parts, frozenset(repeated[low:high].tolist())))

@@ -6,6 +6,7 @@ never pass through the driver.
 """
 
 import hashlib
+import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -37,7 +38,7 @@ from pipeline.ledger import Ledger, Record, Slot
 from pipeline.merge import Merger
 from pipeline.sources import Shard
 from pipeline.spec import JobSpec
-from pipeline.storage import Root
+from pipeline.storage import Root, to_json
 from pipeline.tables import DOCUMENTS, FORMAT, TableInfo, combined_digest
 from pipeline.workers import Died, OnProgress, Pool, Team
 
@@ -313,10 +314,10 @@ def check_dims(spec: JobSpec, full_dim: int) -> None:
 class Tally:
     """What the seal takes of the record of a shard or a merge: those of all shards are in memory at once.
 
-    `numbers` are of SUMMED; `aside` are rows for the quarantine.
+    `fragments` are JSON, a quarter of its values' size; `aside` are rows for the quarantine; `numbers` are of SUMMED.
     """
 
-    fragments: Sequence[Mapping[str, Any]]
+    fragments: bytes
     files: Mapping[str, str]
     parts: Sequence[tuple[int, str]]
     aside: pa.Table | None
@@ -332,7 +333,7 @@ def _tally(record: Record) -> Tally:
     shards = record.get("shards", [record])
     aside = [row for shard in shards for row in shard["set_aside"]]
     return Tally(
-        fragments=record["fragments"],
+        fragments=to_json(record["fragments"]),
         files=record["files"],
         parts=[(shard["rows"], shard["digest"]) for shard in shards],
         aside=pa.Table.from_pylist(aside, rows.QUARANTINE_SCHEMA) if aside else None,
@@ -367,7 +368,7 @@ def _sealed(tallies: Sequence[Tally], root: Root) -> Record:
     sums = [round(sum(numbers), 3) for numbers in zip(*(tally.numbers for tally in tallies), strict=True)]
     return {
         "quarantine": root.keep(parquet_bytes(pa.concat_tables(aside).combine_chunks())),
-        "fragments": [fragment for tally in tallies for fragment in tally.fragments],
+        "fragments": [fragment for tally in tallies for fragment in json.loads(tally.fragments)],
         "files": {path: digest for tally in tallies for path, digest in tally.files.items()},
         "parts": parts,
         "digest": combined_digest([digest for _, digest in parts]),

@@ -51,6 +51,7 @@ class Ledger:
     def add(self, slot: str, record: Record) -> Record:
         """Make the record of a slot unless it stands; the one that stands."""
         name, data = f"{self.folder}/{slot}.json", to_json(signed(record))
+        del record  # may be large, and will be read again
         if self.root.create(name, data):
             return _unsigned(json.loads(data))
         found = self.read(slot)
