@@ -8,12 +8,13 @@ OUT ?= output/bench-search
 VECTORS ?=
 DATA ?=
 QUICK ?=
+SHARDS ?= 1000 10000 100000
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: embed submit test setup lint schemas faults bench-search bench-embed clean help
+.PHONY: embed submit test setup lint schemas faults bench-search bench-embed bench-scale clean help
 
 help:            ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /	/'
@@ -49,6 +50,10 @@ bench-embed: OUT = output/bench-embed
 bench-embed: $(READY) ## beside sentence-transformers, model2vec: make bench-embed DATA=folder ROWS=200 OUT=… QUICK=1
 	$(BIN)/python -m pip install -q -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m tests.bench.embed --rows $(ROWS) --out $(OUT) $(if $(DATA),--data $(DATA)) $(if $(QUICK),--quick) $(ARGS)
+
+bench-scale: OUT = output/bench-scale
+bench-scale: $(READY) ## what so many shards cost the driver: make bench-scale SHARDS="1000 10000 100000" OUT=…
+	$(BIN)/python -m tests.bench.scale --shards $(SHARDS) --out $(OUT) $(ARGS)
 
 clean:           ## remove .venv and caches; output/ is kept
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -203,18 +203,13 @@ def _status(root: Root) -> dict[str, Any]:
         raise StaleError(f"{root.path} holds no job; run one first")
     facts: dict[str, Any] = {"root": str(root.path), "begun": begun is not None}
     if begun is not None:
-        total = -(-begun["corpus.rows"] // begun["corpus.shard_rows"])
-        slots = ledger.Ledger(root, "embed").slots(sorted(embed.finished(root)))
-        records = [slot.record for slot in slots if slot.record is not None]
+        stand = embed.standing(root, begun)
         facts |= {
             "rows": begun["corpus.rows"],
-            "shards": {"done": len(records), "left": total - len(records)},
-            "embedded": sum(record.get("rows", 0) for record in records),
-            "quarantined": {
-                reason: sum(record["quarantined"].get(reason, 0) for record in records)
-                for reason in sorted({reason for record in records for reason in record["quarantined"]})
-            },
-            "embed": "done" if len(records) == total and embed.is_sealed(root) else "unfinished",
+            "shards": {"done": stand.done, "left": stand.shards - stand.done},
+            "embedded": stand.rows,
+            "quarantined": dict(sorted(stand.quarantined.items())),
+            "embed": "done" if stand.is_sealed else "unfinished",
         }
     facts["generation"] = None if generation is None else generation["generation"]
     if generation is not None:

@@ -6,7 +6,7 @@ for duplicates, and what will be quarantined. A file whose size and time are unc
 
 import base64
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,9 +20,10 @@ from pipeline import drift, ids, rows, sources, store
 from pipeline.drift import digest_of
 from pipeline.errors import DataError, SpecError
 from pipeline.ledger import Ledger, Record, Slot
+from pipeline.listing import Listing
 from pipeline.sources import Part, Reader, Shard, SourceFile
 from pipeline.spec import Corpus
-from pipeline.storage import Root, kept_name
+from pipeline.storage import KEPT, Root, kept_name
 from pipeline.tables import FORMAT
 from pipeline.workers import OnProgress, Pool, Progress
 
@@ -65,9 +66,10 @@ class Todo:
     unit: Unit
 
 
-def _is_whole(root: Root, record: Record) -> bool:
-    """Whether the file that a record names is there."""
-    return record["kept"] is None or root.size(kept_name(record["kept"])) == record["bytes"]
+def _wholeness(root: Root) -> Callable[[Record], bool]:
+    """Tells of records whether the file that each names is there."""
+    there = Listing(root, KEPT)
+    return lambda record: record["kept"] is None or there.has(record["kept"], record["bytes"])
 
 
 def run(corpus: Corpus, root: Root, pool: Pool, on_progress: OnProgress | None = None) -> Scan:
@@ -79,9 +81,9 @@ def run(corpus: Corpus, root: Root, pool: Pool, on_progress: OnProgress | None =
     ledger = Ledger(root, "corpus")
     units = _units(files, corpus)
     key = digest_of(*(unit.name for unit in units))
-    standing = ledger.slot(key, partial(_is_whole, root))
+    standing = ledger.slot(key, _wholeness(root))
     if standing.record is None:
-        slots = ledger.slots([unit.name for unit in units], partial(_is_whole, root))
+        slots = ledger.slots([unit.name for unit in units], _wholeness(root))
         todo = [Todo(slot.name, unit) for unit, slot in zip(units, slots, strict=True) if slot.record is None]
         if todo:
             with pool.team(partial(_Scanner, corpus, root), on_progress) as team:
@@ -246,7 +248,10 @@ def _summary(corpus: Corpus, root: Root, units: Sequence[Unit], records: Sequenc
     reasons: Counter[str] = Counter()
     for record in records:
         reasons.update(record["reasons"])
-    repeated = ids.repeated([(root.local(kept_name(record["kept"])), _rows(record)) for record in records])
+    scratch = root.draft_folder()
+    spills = [(root.local(kept_name(record["kept"])), _rows(record)) for record in records]
+    repeated = ids.repeated(spills, scratch)
+    root.disk.remove_folder(scratch)
     if len(repeated) and corpus.id:
         raise _duplicate_id(corpus, files, counts, repeated)
     rows_file = b""
@@ -322,9 +327,9 @@ def shards(scan: Scan, corpus: Corpus, root: Root) -> list[Shard]:
     size = shard_rows(scan.rows, corpus)
     repeated = store.from_npy(root.kept(scan.repeated)) if scan.repeated else np.array([], np.int64)
     starts = np.cumsum([0, *scan.counts])
-    cut = []
-    for number, start in enumerate(range(0, scan.rows, size)):
-        stop = min(start + size, scan.rows)
+    cut, total = [], scan.rows
+    for number, start in enumerate(range(0, total, size)):
+        stop = min(start + size, total)
         low, high = np.searchsorted(repeated, [start, stop])
         parts = tuple(_parts(scan.files, starts, start, stop))
         cut.append(Shard(number, start, stop - start, parts, frozenset(repeated[low:high].tolist())))

@@ -104,10 +104,11 @@ def run(
     """
     tables = [_table(prefix, parent, fits) for prefix in prefixes]
     groups = _groups(parent)
+    slots = [_slots(root, table, len(groups)) for table in tables]
     todo = []
     for number, group in enumerate(groups):
-        slots = [(table, _slot(root, table, number)) for table in tables]
-        missing = tuple((table, slot.name) for table, slot in slots if slot.record is None)
+        places = [(table, of_table[number]) for table, of_table in zip(tables, slots, strict=True)]
+        missing = tuple((table, slot.name) for table, slot in places if slot.record is None)
         if missing:
             todo.append(Unit(f"{number:06d}", group, missing))
     if todo:
@@ -146,10 +147,10 @@ def _key(table: Table) -> str:
     return f"{table.name}-{table.key}"
 
 
-def _slot(root: Root, table: Table, unit: int) -> Slot:
-    """Where a unit of a table is recorded; it is to be derived again where its files are gone."""
-    book = Ledger(root, "derive", _key(table))
-    return book.slot(f"{unit:06d}", lambda record: store.is_whole(root, table.name, record["fragments"]))
+def _slots(root: Root, table: Table, units: int) -> list[Slot]:
+    """Where the units of a table are recorded; one is to be derived again where its files are gone."""
+    names = [f"{unit:06d}" for unit in range(units)]
+    return Ledger(root, "derive", _key(table)).slots(names, store.wholeness(root, table.name))
 
 
 def _groups(parent: Parent) -> list[tuple[int, ...]]:
@@ -157,11 +158,12 @@ def _groups(parent: Parent) -> list[tuple[int, ...]]:
     groups: list[list[int]] = []
     rows = 0
     for fragment in store.open_table(parent.uri, parent.version).get_fragments():
-        if not groups or rows + fragment.count_rows() > store.FRAGMENT_ROWS:
+        count = fragment.count_rows()
+        if not groups or rows + count > store.FRAGMENT_ROWS:
             groups.append([])
             rows = 0
         groups[-1].append(fragment.fragment_id)
-        rows += fragment.count_rows()
+        rows += count
     return [tuple(group) for group in groups]
 
 
@@ -244,7 +246,7 @@ class _Codes:
 
 def _publish(table: Table, units: int, filters: Mapping[str, pa.DataType], root: Root, afresh: bool) -> Derived:
     """Commit a table's units in order."""
-    records = [_slot(root, table, number).done for number in range(units)]
+    records = [slot.done for slot in _slots(root, table, units)]
     schema = table.info.to_schema(table.schema(filters))
     fragments = [fragment for record in records for fragment in record["fragments"]]
     version = store.commit(root, table.name, schema, fragments, afresh)

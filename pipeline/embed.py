@@ -6,6 +6,7 @@ never pass through the driver.
 """
 
 import hashlib
+import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,10 +35,10 @@ from pipeline.encoders import choose
 from pipeline.encoders.models import ModelFolder
 from pipeline.errors import DataError, PipelineError, SpecError
 from pipeline.ledger import Ledger, Record, Slot
-from pipeline.merge import Group, Merger
+from pipeline.merge import Merger
 from pipeline.sources import Shard
 from pipeline.spec import JobSpec
-from pipeline.storage import Root
+from pipeline.storage import Root, to_json
 from pipeline.tables import DOCUMENTS, FORMAT, TableInfo, combined_digest
 from pipeline.workers import Died, OnProgress, Pool, Team
 
@@ -89,14 +90,13 @@ def run(
         wanted = {**fixed, **_insisted(spec, standing)}
         ledger.refuse_changes(root, standing, {field: wanted[field] for field in wanted if field != "scan"})
         check_dims(spec, standing["facts"]["full_dim"])
-    is_whole = partial(_is_whole, root)
     groups = merge.groups(shards)
-    seal = book.slot(_seal(merge.newest(root, groups)), is_whole)
+    seal = book.slot(_seal(merge.newest(root, groups)), _wholeness(root))
     if seal.record is None:
-        merged = merge.standing(root, groups)
+        merged = merge.standing(root, groups, _tally)
         open_ = [shard for group in groups if group.name not in merged for shard in group.shards]
         names = [shard.name for shard in open_]
-        slots = book.slots(names, is_whole)
+        slots = book.slots(names, _wholeness(root), _tally)
         todo = [(shard, slot.name) for shard, slot in zip(open_, slots, strict=True) if slot.record is None]
         with ExitStack() as stack:
             workers: Callable[[], AbstractContextManager[Team]] = partial(pool.team, partial(Merger, root))
@@ -105,17 +105,19 @@ def run(
                 team = stack.enter_context(pool.team(setup, on_progress, gpus=True, lookahead=LOOKAHEAD))
                 total = sum(shard.rows for shard in shards)
                 standing = standing or _begin(spec, team.call(Resolve(shards[0], total)), fixed, root)
-                _embed(todo, Facts(**standing["facts"]), team)
-                slots, workers = book.slots(names), lambda: nullcontext(team)
+                made = _embed(todo, Facts(**standing["facts"]), team)
+                slots = [slot if slot.name not in made else Slot(slot.name, made[slot.name]) for slot in slots]
+                workers = lambda: nullcontext(team)  # noqa: E731 - as long as the stack
             assert standing is not None
             done = dict(zip(names, slots, strict=True))
-            _check_budget(spec, shards, _records(groups, merged, done))
+            _check_budget(spec, shards, [*merged.values(), *(slot.done for slot in slots)])
             check_corpus()
             _, schema = _looks(spec, types, standing)
-            merged = merge.run(groups, merged, done, schema, root, workers)
-        seal = book.slot(_seal(merge.newest(root, groups)), is_whole)
+            merged = merge.run(groups, merged, done, schema, root, workers, _tally)
+        seal = book.slot(_seal(merge.newest(root, groups)), _wholeness(root))
         if seal.record is None:
-            seal = Slot(seal.name, book.add(seal.name, _sealed(groups, merged, done, root)))
+            pieces = [merged[group.name] if group.name in merged else done[group.name].done for group in groups]
+            seal = Slot(seal.name, book.add(seal.name, _sealed(pieces, root)))
     assert standing is not None
     sealed = seal.done
     info, schema = _looks(spec, types, standing)
@@ -138,9 +140,28 @@ def finished(root: Root) -> set[str]:
     return {name for name in Ledger(root, "embed").names() if not name.startswith("sealed-")}
 
 
-def is_sealed(root: Root) -> bool:
-    """Whether the stage came to its end once: every shard embedded and merged."""
-    return any(name.startswith("sealed-") for name in Ledger(root, "embed").names())
+@dataclass(frozen=True)
+class Standing:
+    """How far the stage is: shards that are done, of how many; rows of theirs in `documents`, and those set aside."""
+
+    done: int
+    shards: int
+    rows: int
+    quarantined: Mapping[str, int]
+    is_sealed: bool
+
+
+def standing(root: Root, begun: Record) -> Standing:
+    """How far the stage is, from records alone: from the seal where there is one, else from those of the shards."""
+    total, size = begun["corpus.rows"], begun["corpus.shard_rows"]
+    shards = [Shard(at, start, min(size, total - start), ()) for at, start in enumerate(range(0, total, size))]
+    book = Ledger(root, "embed")
+    seal = book.get(_seal(merge.newest(root, merge.groups(shards))))
+    if seal is not None:
+        return Standing(len(shards), len(shards), seal["rows"], seal["quarantined"], True)
+    done = book.slots(sorted(finished(root)), keep=lambda record: (record["rows"], record["quarantined"]))
+    found = [slot.done for slot in done if slot.record is not None]
+    return Standing(len(found), len(shards), sum(count for count, _ in found), _counted(one for _, one in found), False)
 
 
 def _looks(spec: JobSpec, types: Mapping[str, pa.DataType], standing: Record) -> tuple[TableInfo, pa.Schema]:
@@ -155,9 +176,10 @@ def _seal(slots: Sequence[str]) -> str:
     return "sealed-" + hashlib.sha256("\n".join(slots).encode()).hexdigest()[:16]
 
 
-def _is_whole(root: Root, record: Record) -> bool:
-    kept = "quarantine" not in record or root.has(record["quarantine"])
-    return kept and store.is_whole(root, DOCUMENTS, record["fragments"])
+def _wholeness(root: Root) -> Callable[[Record], bool]:
+    """Tells of records, of shards or the whole stage, whether their files are there."""
+    is_there = store.wholeness(root, DOCUMENTS)
+    return lambda record: ("quarantine" not in record or root.has(record["quarantine"])) and is_there(record)
 
 
 def _begin(spec: JobSpec, facts: Facts, fixed: Mapping[str, Any], root: Root) -> Record:
@@ -173,14 +195,16 @@ def _begin(spec: JobSpec, facts: Facts, fixed: Mapping[str, Any], root: Root) ->
     return ledger.begin(root, begun)
 
 
-def _embed(todo: Iterable[tuple[Shard, str]], facts: Facts, team: Team) -> None:
-    """Every shard once; one that ends its workers is searched for the rows that do, and done without them."""
+def _embed(todo: Sequence[tuple[Shard, str]], facts: Facts, team: Team) -> dict[str, "Tally"]:
+    """Every shard once, by slot; one that ends its workers is searched for the rows that do, and done without them."""
     works = [Work(shard, facts, slot) for shard, slot in todo]
-    died = []
+    places = {shard.number: slot for shard, slot in todo}
+    made, died = {}, []
     for result in team.outcomes(works):
         if isinstance(result, Died):
             died.append(result)
         else:
+            made[places[result["shard"]]] = _tally(result)
             _log(result)
     for one in died:
         poison = _Hunt(team, one).rows()
@@ -188,7 +212,9 @@ def _embed(todo: Iterable[tuple[Shard, str]], facts: Facts, team: Team) -> None:
         (result,) = team.outcomes([Work(one.item.shard, facts, one.item.name, poison)])
         if isinstance(result, Died):
             raise PipelineError(f"{result.sentence}, also without the rows that end a worker by themselves; run again")
+        made[one.item.name] = _tally(result)
         _log(result)
+    return made
 
 
 class _Hunt:
@@ -284,47 +310,71 @@ def check_dims(spec: JobSpec, full_dim: int) -> None:
             )
 
 
-def _records(groups: Sequence[Group], merged: Mapping[str, Record], done: Mapping[str, Slot]) -> list[Record]:
-    """The records of all shards in order, of which a merge holds those that it joined."""
-    return [
-        record
-        for group in groups
-        for record in (
-            merged[group.name]["shards"] if group.name in merged else [done[shard.name].done for shard in group.shards]
-        )
-    ]
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What the seal takes of the record of a shard or a merge: those of all shards are in memory at once.
+
+    `fragments` are JSON, a quarter of its values' size; `aside` are rows for the quarantine; `numbers` are of SUMMED.
+    """
+
+    fragments: bytes
+    files: Mapping[str, str]
+    parts: Sequence[tuple[int, str]]
+    aside: pa.Table | None
+    quarantined: Mapping[str, int]
+    numbers: Sequence[float]
+    peak_memory_bytes: int
 
 
-def _reasons(records: Sequence[Record]) -> Counter[str]:
-    return sum((Counter(record["quarantined"]) for record in records), Counter[str]())
+SUMMED = ("rows", "repaired", *METERS, *COUNTERS, *merge.COUNTERS)
 
 
-def _check_budget(spec: JobSpec, shards: Sequence[Shard], records: Sequence[Record]) -> None:
+def _tally(record: Record) -> Tally:
+    shards = record.get("shards", [record])
+    aside = [row for shard in shards for row in shard["set_aside"]]
+    return Tally(
+        fragments=to_json(record["fragments"]),
+        files=record["files"],
+        parts=[(shard["rows"], shard["digest"]) for shard in shards],
+        aside=pa.Table.from_pylist(aside, rows.QUARANTINE_SCHEMA) if aside else None,
+        quarantined=_counted(shard["quarantined"] for shard in shards),
+        numbers=[
+            record.get(name, 0) if name in merge.COUNTERS else sum(shard[name] for shard in shards) for name in SUMMED
+        ],
+        peak_memory_bytes=max(shard["peak_memory_bytes"] for shard in shards),
+    )
+
+
+def _counted(reasons: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """The sum of each reason's rows."""
+    found = Counter[str]()
+    for one in reasons:
+        found.update(one)
+    return dict(found)
+
+
+def _check_budget(spec: JobSpec, shards: Sequence[Shard], tallies: Sequence[Tally]) -> None:
     """DataError where the budget is spent, or nothing is left."""
-    reasons = _reasons(records)
+    reasons = _counted(tally.quarantined for tally in tallies)
     rows.check_budget(spec.corpus, sum(shard.rows for shard in shards), reasons)
-    if not sum(record["rows"] for record in records):
-        raise DataError(f"no row could be embedded: {dict(reasons)}")
+    if not any(count for tally in tallies for count, _ in tally.parts):
+        raise DataError(f"no row could be embedded: {reasons}")
 
 
-def _sealed(groups: Sequence[Group], merged: Mapping[str, Record], done: Mapping[str, Slot], root: Root) -> Record:
-    """The record that ends the stage, from those of its shards and merges."""
-    records = _records(groups, merged, done)
-    pieces = [merged[group.name] if group.name in merged else done[group.name].done for group in groups]
-    aside = [row for record in records for row in record["set_aside"]]
+def _sealed(tallies: Sequence[Tally], root: Root) -> Record:
+    """The record that ends the stage, from those of its shards and merges, in order."""
+    aside = [rows.QUARANTINE_SCHEMA.empty_table(), *(tally.aside for tally in tallies if tally.aside is not None)]
+    parts = [part for tally in tallies for part in tally.parts]
+    sums = [round(sum(numbers), 3) for numbers in zip(*(tally.numbers for tally in tallies), strict=True)]
     return {
-        "quarantine": root.keep(parquet_bytes(pa.Table.from_pylist(aside, rows.QUARANTINE_SCHEMA))),
-        "fragments": [fragment for piece in pieces for fragment in piece["fragments"]],
-        "files": {path: digest for piece in pieces for path, digest in piece["files"].items()},
-        "parts": [(record["rows"], record["digest"]) for record in records],
-        "rows": sum(record["rows"] for record in records),
-        "digest": combined_digest([record["digest"] for record in records]),
-        "quarantined": dict(_reasons(records)),
-        "repaired": sum(record["repaired"] for record in records),
-        **{name: round(sum(record[name] for record in records), 3) for name in METERS},
-        "peak_memory_bytes": max(record["peak_memory_bytes"] for record in records),
-        **{name: sum(record[name] for record in records) for name in COUNTERS},
-        **{name: round(sum(piece.get(name, 0) for piece in pieces), 3) for name in merge.COUNTERS},
+        "quarantine": root.keep(parquet_bytes(pa.concat_tables(aside).combine_chunks())),
+        "fragments": [fragment for tally in tallies for fragment in json.loads(tally.fragments)],
+        "files": {path: digest for tally in tallies for path, digest in tally.files.items()},
+        "parts": parts,
+        "digest": combined_digest([digest for _, digest in parts]),
+        "quarantined": _counted(tally.quarantined for tally in tallies),
+        "peak_memory_bytes": max(tally.peak_memory_bytes for tally in tallies),
+        **dict(zip(SUMMED, sums, strict=True)),
     }
 
 

@@ -4,16 +4,16 @@ Made from the stored fragments alone, so that whoever writes a file, and however
 group at a time, since a fragment may not fit into memory.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import store
 from pipeline.ledger import Ledger, Record
+from pipeline.listing import Listing
 from pipeline.storage import Root
 from pipeline.tables import DOCUMENTS, Parent
 from pipeline.workers import Pool
@@ -41,7 +41,8 @@ def run(parent: Parent, root: Root, pool: Pool) -> dict[str, str]:
     ]
     files = [f"{FOLDER}/part-{at:07d}.parquet" for at in range(len(numbers))]
     names = [f"{at:07d}" for at in range(len(numbers))]
-    slots = book.slots(names, partial(_is_whole, root))
+    there = Listing(root, FOLDER)
+    slots = book.slots(names, lambda record: there.has(record["file"].removeprefix(f"{FOLDER}/"), record["bytes"]))
     todo = [
         Part(slot.name, file, number)
         for slot, file, number in zip(slots, files, numbers, strict=True)
@@ -53,10 +54,6 @@ def run(parent: Parent, root: Root, pool: Pool) -> dict[str, str]:
                 pass
     records = [slot.done for slot in book.slots(names)]
     return {record["file"]: record["sha256"] for record in records}
-
-
-def _is_whole(root: Root, record: Mapping[str, Any]) -> bool:
-    return root.size(record["file"]) == int(record["bytes"])
 
 
 class _Writer:

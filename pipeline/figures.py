@@ -14,6 +14,7 @@ import numpy as np
 from pipeline import (
     adaptor,
     corpus as corpus_stage,
+    index as index_stage,
     merge,
     probe,
     rows as row_rule,
@@ -227,6 +228,23 @@ def memory_figures(spec: JobSpec, rows: int, full_dim: int) -> list[Figure]:
     each = bytes_per_row(full_dim, spec.embed.vectors)
     how = f"rows x {each}; only short lists are read of them, so they may stay on disk"
     return [*found, Figure("memory.full", rows * each, "bytes", "estimated", how)]
+
+
+def index_figures(spec: JobSpec, rows: int) -> list[Figure]:
+    """Memory that the build of each index takes, on one machine."""
+    chosen = [(one, index_stage.choose(one, spec.index, rows)[0]) for one in spec.prefixes]
+    how = "{} build on one machine: rows it trains on as float32, twice the stored vectors and row ids"
+    return [
+        Figure(
+            f"memory.index.{one.table}",
+            index_stage.build_bytes(one, kind, rows),
+            "bytes",
+            "estimated",
+            how.format(kind),
+        )
+        for one, kind in chosen
+        if kind != "none"
+    ]
 
 
 def cascade(spec: JobSpec) -> list[str]:

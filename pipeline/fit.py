@@ -329,7 +329,7 @@ def _write_parameters(
     schema = parameters_schema(info)
     book = Ledger(root, "parameters")
     name = _key(*sorted(artefacts), schema.metadata[METADATA_KEY].decode())
-    slot = book.slot(name, lambda record: store.is_whole(root, PARAMETERS, record["fragments"]))
+    slot = book.slot(name, store.wholeness(root, PARAMETERS))
     record = slot.record
     if record is None:
         rows: list[dict[str, Any]] = [

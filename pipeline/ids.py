@@ -2,7 +2,10 @@
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import polars as pl
@@ -11,7 +14,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 HASHES_AT_ONCE = 8_000_000
-"""Hashes compared in one pass over the spills; about 300 MB."""
+"""Hashes compared at once; about 300 MB."""
+HASHED = np.dtype([("high", "<u8"), ("low", "<u8"), ("row", "<i8")])
 
 
 def of_text(text: str) -> bytes:
@@ -69,22 +73,41 @@ def _halves(hashes: Sequence[bytes]) -> tuple[NDArray[np.uint64], NDArray[np.uin
     return both[:, 0], both[:, 1]
 
 
-def repeated(spills: Sequence[tuple[Path, int]]) -> pl.DataFrame:
-    """Rows (high, low, row, first) whose hash an earlier row has; `spills` are files and their numbers of rows."""
-    scans, first_row = [], 0
-    for path, rows in spills:
-        scans.append(pl.scan_parquet(path, glob=False).with_columns(pl.col("row") + first_row))
-        first_row += rows
-    passes = max(1, -(-first_row // HASHES_AT_ONCE))
-    edges = [2**64 * number // passes for number in range(passes)]
-    found = []
-    for number, low in enumerate(edges):
-        inside = pl.col("high") >= pl.lit(low, pl.UInt64)
-        if number + 1 < passes:
-            inside &= pl.col("high") < pl.lit(edges[number + 1], pl.UInt64)
-        part = pl.concat(scans).filter(inside).collect().with_columns(first=pl.col("row").min().over("high", "low"))
+def repeated(spills: Sequence[tuple[Path, int]], scratch: Path) -> pl.DataFrame:
+    """Rows (high, low, row, first) whose hash an earlier row has; `spills` are files and their numbers of rows.
+
+    Spills are read once and dealt out by hash to files in the folder `scratch`, 24 bytes a row, each of which is then
+    compared by itself.
+    """
+    parts = max(1, -(-sum(rows for _, rows in spills) // HASHES_AT_ONCE))
+    names = [scratch / f"{number:06d}" for number in range(parts)]
+    with ExitStack() as stack:
+        files = [stack.enter_context(name.open("wb")) for name in names]
+        first_row = 0
+        for path, rows in spills:
+            for batch in pq.ParquetFile(path).iter_batches(Spill.GROUP):
+                _deal(batch, first_row, files)
+            first_row += rows
+    found = [pl.DataFrame(np.empty(0, HASHED)).with_columns(first=pl.col("row"))]
+    for name in names:
+        part = pl.DataFrame(np.fromfile(name, HASHED)).with_columns(first=pl.col("row").min().over("high", "low"))
         found.append(part.filter(pl.col("row") > pl.col("first")))
+        name.unlink()
     return pl.concat(found).sort("row")
+
+
+def _deal(batch: pa.RecordBatch, first_row: int, files: Sequence[BinaryIO]) -> None:
+    """Append each hash and its row to the file of its share of all hashes."""
+    hashed = np.empty(batch.num_rows, HASHED)
+    for name in HASHED.names or ():
+        hashed[name] = batch.column(name).to_numpy()
+    hashed["row"] += first_row
+    shares = hashed["high"] // np.uint64(-(-(2**64) // len(files))) if len(files) > 1 else np.zeros(len(hashed), "u8")
+    order = np.argsort(shares, kind="stable")
+    edges = np.searchsorted(shares[order], np.arange(len(files) + 1, dtype=np.uint64))
+    hashed = hashed[order]
+    for file, (start, stop) in zip(files, pairwise(edges), strict=True):
+        file.write(hashed[start:stop].tobytes())
 
 
 def known(spills: Sequence[Path], hashes: Sequence[bytes]) -> list[bool]:

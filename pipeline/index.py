@@ -7,7 +7,9 @@ job fails. What is there and complete is left alone.
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,10 @@ log = logging.getLogger(__name__)
 
 RQ_BITS = 4
 """Bits per dimension of IVF_RQ where the spec names none (measured: recall of IVF_SQ at half its bytes)."""
+CGROUP = Path("/sys/fs/cgroup")
 NAMES = {"ivf_flat": "IVF_FLAT", "ivf_sq": "IVF_SQ", "ivf_rq": "IVF_RQ", "hnsw_sq": "IVF_HNSW_SQ"}
+TRAINED_PER_PARTITION = 256
+"""Rows that Lance trains on, for each partition."""
 PROBED_SHARE, MIN_PROBES = 0.4, 20
 """Partitions that a search looks at (measured: recall 0.993 of a 128-d prefix at 200 of 512)."""
 
@@ -84,15 +89,63 @@ def partitions(rows: int) -> int:
     return int(min(4096, max(1, 2 ** round(math.log2(max(rows, 1)) / 2))))
 
 
+def partitions_of(kind: IndexKind, rows: int) -> int:
+    """Partitions of an index of a kind."""
+    return max(1, rows // 1_000_000) if kind == "hnsw_sq" else partitions(rows)
+
+
+def build_bytes(prefix: Prefix, kind: IndexKind, rows: int) -> int:
+    """About the memory that a build takes on the one machine where it runs, beside what the process holds already.
+
+    The rows it trains on as float32, and twice the stored vectors and row ids (measured with IVF_RQ, IVF_SQ and
+    IVF_FLAT, 0.25 to 2 million rows: 0.6 to 1.5 times as much; not measured for larger tables).
+    """
+    trained = min(rows, TRAINED_PER_PARTITION * partitions_of(kind, rows))
+    number_bytes = 1 / 8 if prefix.precision == "binary" else 4
+    return int(trained * prefix.dim * number_bytes + 2 * rows * (prefix.bytes_per_row + 8))
+
+
+def _check_memory(prefix: Prefix, kind: IndexKind, rows: int) -> None:
+    """PipelineError where a build needs more memory than is free here; a kind that the spec names is tried anyway."""
+    needed, free = build_bytes(prefix, kind, rows), available_bytes()
+    if free is None or needed <= free:
+        return
+    why = (
+        f"the {kind} index of {prefix.table} takes about {needed / 1e9:.1f} GB of memory to build on {rows:,} rows, "
+        f"{free / 1e9:.1f} GB are free here"
+    )
+    if prefix.index.kind != "auto":
+        log.warning("index %s; tried because the spec names the kind", why)
+        return
+    raise PipelineError(
+        f"{why}; run again with --from index on a machine with more, which needs the root alone, set index.kind: none "
+        f"for this prefix, or index.kind: {kind} to have it tried all the same"
+    )
+
+
+def available_bytes() -> int | None:
+    """Memory that is free for this process, by the system and by its container's limit; None where neither tells."""
+    free = []
+    with suppress(OSError, ValueError, StopIteration):
+        lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+        free.append(next(int(line[1]) * 1024 for line in lines if line[0] == "MemAvailable:"))
+    with suppress(OSError, ValueError, KeyError):
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        used = int((CGROUP / "memory.current").read_text()) - int(stat["file"])  # a page cache gives way
+        free.append(int((CGROUP / "memory.max").read_text()) - used)
+    return min(free, default=None)
+
+
 def _ann(table: Any, prefix: Prefix, kind: IndexKind, rows: int, root: Root) -> Indexed:
     existing = [found for found in table.list_indices() if list(found.columns) == ["vector"]]
     if kind == "none":
         for found in existing:
             table.drop_index(found.name)
         return Indexed(int(table.version), None)
-    count = max(1, rows // 1_000_000) if kind == "hnsw_sq" else partitions(rows)
+    count = partitions_of(kind, rows)
     bits = (prefix.index.bits or RQ_BITS) if kind == "ivf_rq" else None
     if not any(_is(found, kind, bits) for found in existing):
+        _check_memory(prefix, kind, rows)
         # pylance: lancedb 0.40 trains on float16 four to seven times as long, for the same index
         store.open_table(store.table_uri(root, prefix.table)).create_index(
             "vector",

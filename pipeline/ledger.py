@@ -26,13 +26,16 @@ GENERATIONS, MANIFEST = "generations", "manifest.json"
 
 @dataclass(frozen=True)
 class Slot:
-    """Where the record of a piece of work belongs, and the record, or None where the work is to be done."""
+    """Where the record of a piece of work belongs, and the record, or None where the work is to be done.
+
+    In place of the record stands what was kept of it, where `slots` was told to keep less.
+    """
 
     name: str
-    record: Record | None = None
+    record: Any = None
 
     @property
-    def done(self) -> Record:
+    def done(self) -> Any:
         """The record of finished work."""
         assert self.record is not None, f"{self.name} has no record after all work was done"
         return self.record
@@ -47,8 +50,10 @@ class Ledger:
 
     def add(self, slot: str, record: Record) -> Record:
         """Make the record of a slot unless it stands; the one that stands."""
-        name = f"{self.folder}/{slot}.json"
-        self.root.create(name, to_json(signed(record)))
+        name, data = f"{self.folder}/{slot}.json", to_json(signed(record))
+        del record  # may be large, and will be read again
+        if self.root.create(name, data):
+            return _unsigned(json.loads(data))
         found = self.read(slot)
         assert found is not None
         return found
@@ -56,17 +61,30 @@ class Ledger:
     def read(self, slot: str) -> Record | None:
         """The record of a slot; None where there is none, DamageError where it changed since it was made."""
         found = read_signed(self.root, f"{self.folder}/{slot}.json")
-        return None if found is None else {name: value for name, value in found.items() if name != "checksum"}
+        return None if found is None else _unsigned(found)
 
     def slot(self, name: str, is_sound: Callable[[Record], bool] = lambda record: True) -> Slot:
         """The newest edition of a piece of work; the next one where its record is damaged or not sound."""
         return self.slots([name], is_sound)[0]
 
-    def slots(self, names: Sequence[str], is_sound: Callable[[Record], bool] = lambda record: True) -> list[Slot]:
-        """The same for many, with one look at the folder."""
-        return [self._slot(name, edition, is_sound) for name, edition in self._editions(names)]
+    def slots(
+        self,
+        names: Sequence[str],
+        is_sound: Callable[[Record], bool] = lambda record: True,
+        keep: Callable[[Record], Any] = lambda record: record,
+    ) -> list[Slot]:
+        """The same for many, with one look at the folder; what it does not show is not asked for.
 
-    def _slot(self, name: str, edition: int, is_sound: Callable[[Record], bool]) -> Slot:
+        `keep`: what to hold of a record, one of which is in memory at a time.
+        """
+        editions = self._editions()
+        return [self._slot(name, editions.get(name), is_sound, keep) for name in names]
+
+    def _slot(
+        self, name: str, edition: int | None, is_sound: Callable[[Record], bool], keep: Callable[[Record], Any]
+    ) -> Slot:
+        if edition is None:
+            return Slot(name)
         try:
             record = self.read(_edition(name, edition))
         except DamageError as error:
@@ -77,35 +95,42 @@ class Ledger:
         if not is_sound(record):
             log.warning("ledger redo=%s because what it names is gone or damaged", name)
             return Slot(_edition(name, edition + 1))
-        return Slot(_edition(name, edition), record)
+        return Slot(_edition(name, edition), keep(record))
 
     def get(self, name: str) -> Record | None:
         """The record of a piece of work that is done; None where it is not."""
-        return self.slot(name).record
+        found: Record | None = self.slot(name).record
+        return found
 
     def once(
         self, name: str, make: Callable[[], Record], is_sound: Callable[[Record], bool] = lambda record: True
     ) -> Record:
         """The record of a piece of work, which is done now where it is not done yet."""
         slot = self.slot(name, is_sound)
-        return slot.record if slot.record is not None else self.add(slot.name, make())
+        found: Record = self.add(slot.name, make()) if slot.record is None else slot.record
+        return found
 
     def newest(self, names: Sequence[str]) -> list[str]:
         """The newest slot of each name, by the names of records alone (none is read)."""
-        return [_edition(name, edition) for name, edition in self._editions(names)]
+        editions = self._editions()
+        return [_edition(name, editions.get(name, 0)) for name in names]
 
-    def _editions(self, names: Sequence[str]) -> list[tuple[str, int]]:
+    def _editions(self) -> dict[str, int]:
+        """The newest edition of everything that has a record."""
         editions: dict[str, int] = {}
         for file in self.root.names(self.folder):
             if file.endswith(".json"):
                 name, _, edition = file.removesuffix(".json").partition("~")
                 editions[name] = max(editions.get(name, 0), int(edition or 0))
-        return [(name, editions.get(name, 0)) for name in names]
+        return editions
 
     def names(self) -> set[str]:
         """Names of everything that has a record."""
-        files = self.root.names(self.folder)
-        return {file.removesuffix(".json").partition("~")[0] for file in files if file.endswith(".json")}
+        return set(self._editions())
+
+
+def _unsigned(value: Mapping[str, Any]) -> Record:
+    return {name: one for name, one in value.items() if name != "checksum"}
 
 
 def _edition(name: str, number: int) -> str:

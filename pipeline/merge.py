@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
+from typing import TypeVar
 
 import pyarrow as pa
 
@@ -24,6 +24,8 @@ from pipeline.workers import Team
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+DATA = f"{store.table_name(DOCUMENTS)}/data"
 COUNTERS = ("merge_seconds", "merged_bytes")
 """What merging cost: seconds of all workers, bytes written again."""
 
@@ -88,30 +90,41 @@ def newest(root: Root, groups: Sequence[Group]) -> list[str]:
     return [f"merge/{both}" if group.is_joint else one for group, both, one in zip(groups, merged, alone, strict=True)]
 
 
-def standing(root: Root, groups: Sequence[Group]) -> dict[str, Record]:
-    """Records of merges whose files are there, by the group's name; their shards are done, whatever became of them."""
+def standing(root: Root, groups: Sequence[Group], keep: Callable[[Record], T]) -> dict[str, T]:
+    """What to keep of the records of merges whose files are there, by the group's name.
+
+    Their shards are done, whatever became of them; files of theirs that were left are deleted.
+    """
+    there, left = set(root.names(DATA)), list[str]()
+
+    def kept(record: Record) -> T:
+        left.extend(path for path in _shard_files(record) if path in there)
+        return keep(record)
+
     names = [group.name for group in groups if group.is_joint]
-    slots = _book(root).slots(names, partial(_is_whole, root))
-    return {name: slot.record for name, slot in zip(names, slots, strict=True) if slot.record is not None}
+    slots = _book(root).slots(names, store.wholeness(root, DOCUMENTS), kept)
+    if left:
+        _drop_shards(root, left)
+    return {name: slot.done for name, slot in zip(names, slots, strict=True) if slot.record is not None}
 
 
 def run(
     groups: Sequence[Group],
-    merged: Mapping[str, Record],
+    merged: Mapping[str, T],
     slots: Mapping[str, Slot],
     schema: pa.Schema,
     root: Root,
     workers: Callable[[], AbstractContextManager[Team]],
-) -> dict[str, Record]:
-    """Merge every group that `merged` lacks; the record of each. Files of the shards are gone when this returns.
+    keep: Callable[[Record], T],
+) -> dict[str, T]:
+    """Merge every group that `merged` lacks; what to keep of each record. Files of their shards are gone afterwards.
 
     `slots` are of the shards, by name; all of them are done. `workers` are asked for where there is work; their
     handler is a `Merger` or leaves the work to one. DamageError where a shard's file is not what it was.
     """
-    records = dict(merged)
-    _drop_shards(root, records.values())
+    kept = dict(merged)
     joint = [group for group in groups if group.is_joint and group.name not in merged]
-    places = _book(root).slots([group.name for group in joint], partial(_is_whole, root))
+    places = _book(root).slots([group.name for group in joint], store.wholeness(root, DOCUMENTS))
     todo = [
         Work(place.name, tuple(slots[shard.name].name for shard in group.shards), schema)
         for place, group in zip(places, joint, strict=True)
@@ -119,14 +132,14 @@ def run(
     if todo:
         with workers() as team:
             for record in team.map(todo):
-                _drop_shards(root, [record])
-                records[record["group"]] = record
+                _drop_shards(root, _shard_files(record))
+                kept[record["group"]] = keep(record)
                 log.info(
                     "embed merged=%s shards=%d rows=%d bytes=%d seconds=%.1f",
                     record["group"], len(record["shards"]), record["rows"], record["merged_bytes"],
                     record["merge_seconds"],
                 )  # fmt: skip
-    return records
+    return kept
 
 
 class Merger:
@@ -162,18 +175,14 @@ def _book(root: Root) -> Ledger:
     return Ledger(root, "merge")
 
 
-def _is_whole(root: Root, record: Record) -> bool:
-    return store.is_whole(root, DOCUMENTS, record["fragments"])
+def _shard_files(record: Record) -> list[str]:
+    """Data files that were joined."""
+    return [path for shard in record["shards"] for path in shard["files"]]
 
 
-def _drop_shards(root: Root, records: Iterable[Record]) -> None:
+def _drop_shards(root: Root, paths: Iterable[str]) -> None:
     """Delete what was merged, by name, when the records that hold the same rows are on disk for sure."""
-    records = list(records)
-    if not records:
-        return
     root.disk.sync_folder(root / _book(root).folder)
-    folder = f"{store.table_name(DOCUMENTS)}/data"
-    there = set(root.names(folder))
-    for path in [path for record in records for shard in record["shards"] for path in shard["files"] if path in there]:
-        root.delete(f"{folder}/{path}")
-    root.disk.sync_folder(root / folder)
+    for path in paths:
+        root.delete(f"{DATA}/{path}")
+    root.disk.sync_folder(root / DATA)

@@ -30,6 +30,7 @@ from pipeline.figures import (
     advice,
     byte_figures,
     histogram,
+    index_figures,
     memory_figures,
     row_figures,
     time_figures,
@@ -82,7 +83,7 @@ def run(spec: JobSpec, price: float | None = None) -> Plan:
     found += token_figures(done.tokens, limit, usable) + time_figures(done, usable, price)
     kind = transform_kind(spec.transform.kind, verdict, usable)
     found += byte_figures(spec, usable, full_dim, lines["documents"], lines["filters"], kind)
-    found += memory_figures(spec, usable, full_dim)
+    found += memory_figures(spec, usable, full_dim) + index_figures(spec, usable)
     plan = Plan(spec.name, tuple(found), histogram(done.tokens), verdict, tuple(kept), ())
     return replace(plan, advice=tuple(advice(spec, plan, full_dim)))
 

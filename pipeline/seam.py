@@ -52,6 +52,9 @@ class Backend(Protocol):
     def names(self, folder: PurePath) -> list[str]:
         """Names in a folder; none where there is no folder."""
 
+    def sizes(self, folder: PurePath) -> dict[str, int]:
+        """Bytes of each file in a folder, by name, at one look; none where there is no folder."""
+
     def size(self, path: PurePath) -> int | None:
         """A file's bytes counted; None where there is no file."""
 

@@ -7,7 +7,7 @@ returns, and no reader sees them before `commit`. Lance itself neither deduplica
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, TypeAlias
@@ -21,6 +21,7 @@ from lance.query import MatchQuery
 
 from pipeline.bucket import insisting
 from pipeline.errors import DamageError, StaleError
+from pipeline.listing import Listing
 from pipeline.storage import STATE, Root, read_signed, signed, to_json
 
 Table: TypeAlias = lance.LanceDataset
@@ -140,13 +141,17 @@ def drop_leftovers(root: Root) -> None:
 
     A note stays while its file is not there: a worker that was given up may still move it in, and a later run sees it.
     """
+    noted = []
     for name in root.names(MOVES):
         note = read_signed(root, f"{MOVES}/{name}")
         record = None if note is None else read_signed(root, f"{STATE}/{note['record']}.json")
         if note is None or record is None:
             continue
-        root.disk.sync_folder((root / f"{STATE}/{note['record']}.json").parent)  # the record outlives the note
-        leftover = [data_name(note["table"], path) for path in set(note["files"]) - set(record["files"])]
+        noted.append((name, note, set(note["files"]) - set(record["files"])))
+    for folder in {(root / f"{STATE}/{note['record']}.json").parent for _, note, _ in noted}:
+        root.disk.sync_folder(folder)  # the record outlives the note
+    for name, note, others in noted:
+        leftover = [data_name(note["table"], path) for path in others]
         there = [path for path in leftover if root.size(path) is not None]
         for path in there:
             root.delete(path)
@@ -221,8 +226,18 @@ def sync_table(root: Root, table: str) -> None:
 
 def is_whole(root: Root, table: str, fragments: Iterable[Mapping[str, Any]]) -> bool:
     """Whether every data file of the fragments is there with its size."""
-    files = [file for fragment in fragments for file in fragment["files"]]
-    return all(root.size(data_name(table, file["path"])) == file["file_size_bytes"] for file in files)
+    return wholeness(root, table)({"fragments": fragments})
+
+
+def wholeness(root: Root, table: str) -> Callable[[Mapping[str, Any]], bool]:
+    """The same of any number of records, which have `fragments`: one look at the folder is enough for all."""
+    there = Listing(root, f"{table_name(table)}/data")
+
+    def is_whole(record: Mapping[str, Any]) -> bool:
+        files = [file for fragment in record["fragments"] for file in fragment["files"]]
+        return all(there.has(file["path"], file["file_size_bytes"]) for file in files)
+
+    return is_whole
 
 
 def check_files(root: Root, table: str, files: Mapping[str, str]) -> None:

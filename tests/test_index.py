@@ -8,9 +8,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from pipeline import open_index, run
+from pipeline import index, open_index, run
 from pipeline.errors import PipelineError
-from pipeline.index import choose, partitions
+from pipeline.index import build_bytes, choose, partitions
 from pipeline.search import Index as Search
 from pipeline.spec import Index, Prefix
 from pipeline.storage import Root
@@ -127,3 +127,35 @@ def test_rows_that_the_index_does_not_cover_are_scanned_and_that_is_said(spec):
     hits, steps = index.rank(unit(query[None]), 2, cascade=[("prefix_16_float16", 2)], rescore=False)
     assert sorted(hits.rows[0]) == [0, 120]
     assert steps[0].note == "1 rows are not in its index and are scanned"
+
+
+def test_memory_of_a_build_is_what_it_trains_on_and_twice_the_vectors():
+    # 10**6 rows, 1,024 partitions: 262,144 rows of 64 numbers of 4 bytes; 2 x 10**6 x (64 x 2 + 8).
+    assert build_bytes(Prefix(dim=64, precision="float16"), "ivf_rq", 10**6) == 262_144 * 256 + 272 * 10**6
+    assert build_bytes(Prefix(dim=64, precision="binary"), "ivf_flat", 10**6) == 262_144 * 8 + 32 * 10**6
+    assert build_bytes(Prefix(dim=64, precision="float16"), "ivf_rq", 100) == 100 * 256 + 100 * 272
+
+
+def test_a_build_that_does_not_fit_is_refused_before_it_begins(spec, monkeypatch, caplog):
+    prefixes = [{"dim": 16, "precision": "float16"}]
+    needed = 120 * 64 + 2 * 120 * 40
+    monkeypatch.setattr(index, "available_bytes", lambda: needed - 1)
+    with pytest.raises(
+        PipelineError, match="ivf_rq index of prefix_16_float16 .* on 120 rows, .*--from index on a mach"
+    ):
+        run(spec(prefixes=prefixes, index={"min_rows": 100}))
+    monkeypatch.setattr(index, "available_bytes", lambda: needed)
+    run(spec(prefixes=prefixes, index={"min_rows": 100}))
+    monkeypatch.setattr(index, "available_bytes", lambda: 0)
+    tried = run(spec(prefixes=[{"dim": 24, "precision": "float16", "index": {"kind": "ivf_rq"}}]))
+    assert tried["tables"]["prefix_24_float16"]["index"]["kind"] == "ivf_rq" and "tried because" in caplog.text
+
+
+def test_free_memory_is_that_of_the_container(tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "CGROUP", tmp_path)
+    free = index.available_bytes()
+    for name, text in (("memory.max", "max"), ("memory.current", "700"), ("memory.stat", "anon 200\nfile 500")):
+        (tmp_path / name).write_text(text + "\n")
+    assert index.available_bytes() == pytest.approx(free, rel=0.5)
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert index.available_bytes() == 1000 - (700 - 500)

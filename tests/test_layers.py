@@ -7,7 +7,19 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "pipeline"
 LEVELS = [
-    {"errors", "vectors", "metrics", "template", "sentences", "stopping", "limits", "reread", "cores", "telemetry", "seam"},
+    {
+        "errors",
+        "vectors",
+        "metrics",
+        "template",
+        "sentences",
+        "stopping",
+        "limits",
+        "reread",
+        "cores",
+        "telemetry",
+        "seam",
+    },
     {
         "teams",
         "rotation",
@@ -24,7 +36,7 @@ LEVELS = [
         "margin",
         "cloud",
     },
-    {"transform", "html", "predictor", "logs", "bucket"},
+    {"transform", "html", "predictor", "logs", "listing", "bucket"},
     {"probe", "adaptor", "actor", "verify"},
     {"spec", "store", "docstrings", "tables", "ids", "lock", "ledger"},
     {"sources", "encoders", "placement", "repair", "submit"},

@@ -183,7 +183,7 @@ def stops(monkeypatch, module, name, times=1):
     [
         (store, "write_fragments", 3),  # a shard's file was written, its record not
         (merge.Merger, "_merge", 3),  # a group's file was written, its record not
-        (merge, "_drop_shards", 3),  # nothing is merged yet
+        (merge, "_drop_shards", 2),  # the first group was merged, the files of its shards deleted
         (merge, "run", 0),
         (embed, "_sealed", 0),
         (store, "commit", 0),

@@ -321,6 +321,12 @@ class SimDisk:
 
         return self._call("size", path, effect, writes=False)
 
+    def sizes(self, folder: Path) -> dict[str, int]:
+        def effect() -> dict[str, int]:
+            return {name: len(inode.data) for name, inode in self._folder(folder).names.items()}
+
+        return self._call("sizes", folder, effect, writes=False)
+
     def delete(self, path: Path) -> None:
         self._call("delete", path, lambda: self._change(path, None))
 
