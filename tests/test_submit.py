@@ -211,7 +211,7 @@ class Handler:
         aside = {"null_text": 2}
         return {"rows": 40, "tokens": 300, "padded_tokens": 400, "waiting_seconds": 0.5, "quarantined": aside}
 if __name__ == "__main__":
-    pool = Pool(Workers(count=1, cpus=1, address=sys.argv[1]), "words")
+    pool = Pool(Workers(count=1, cpus=1, address=sys.argv[1]), "measured")
     pool.stage = "embed"
     with pool, pool.team(Handler) as team:
         list(team.map(["one", "two"]))
@@ -229,7 +229,7 @@ def scraped(address):
     for line in asked(address).splitlines():
         if (
             line.startswith("ray_matryoshka_")
-            and 'job="words"' in line
+            and 'job="measured"' in line
             and 'stage="embed"' in line
             and "le=" not in line
         ):
