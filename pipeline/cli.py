@@ -9,7 +9,6 @@ from typing import Annotated, Any, NoReturn
 
 import polars as pl
 import typer
-from rich.table import Table
 
 from pipeline import corpus, embed, ledger, lock, plan, querylog, stopping, submit, verify
 from pipeline.bucket import is_of_a_store, located
@@ -34,6 +33,7 @@ from pipeline.terminal import (
     print_output,
     print_plan,
     print_steps,
+    print_summary,
     watched,
 )
 
@@ -109,7 +109,9 @@ def run_command(
         is_new = before is None or before["generation"] != generation["generation"]
         if not is_new:
             out.print(f"Nothing left to do: generation {generation['generation']} of {plain(spec.root)} is up to date.")
-        _summary(spec, generation)
+        root = located(spec.root)
+        print_summary(spec.name, str(root.path), generation)
+        print_evaluation(pl.read_parquet(root.local("evaluation.parquet"), glob=False))
         if is_new:
             _examples(spec, generation)
         _next(spec, job)
@@ -372,33 +374,6 @@ def _root_and_spec(job: str, sets: list[str] | None) -> tuple[Root, JobSpec | No
         return located(job), None
     spec = JobSpec.load(job, sets or ())
     return located(spec.root), spec
-
-
-def _summary(spec: JobSpec, generation: dict[str, Any]) -> None:
-    root, rows = located(spec.root), generation["corpus"]
-    model = generation["model"]
-    out.print(f"\n[bold]{spec.name}[/], generation {generation['generation']} in {plain(str(root.path))}")
-    reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(rows["reasons"].items()))
-    out.print(f"  {rows['rows']:,} rows in, {rows['quarantined']:,} quarantined{f' ({reasons})' if reasons else ''}")
-    counted = generation["embed"]
-    out.print(
-        f"  {plain(model['name'])}, {model['full_dim']} dimensions, {model['backend']} {model['precision']}; "
-        f"max_tokens cut {counted['cut_tokens']:,} tokens from {counted['cut_rows']:,} rows"
-    )
-    found = generation["transform"]
-    out.print(f"  plain prefixes: [bold]{found['verdict']['says']}[/], {plain(found['verdict']['because'])}")
-    chosen = f"; {found['compared']['because']}" if found["compared"] else ""
-    lost = f"; lost against PCA, by dimension: {found['lost']}" if found["lost"] else ""
-    out.print(f"  transform: [bold]{found['kind']}[/]{plain(chosen + lost)}")
-    table = Table("table", "rows", "bytes a row", "MB", "index", box=None, padding=(0, 2))
-    for name, entry in generation["tables"].items():
-        each = f"{entry['bytes'] / entry['rows']:.0f}" if entry["rows"] else "-"
-        index = entry.get("index") or {}
-        table.add_row(
-            f"  lancedb/{name}.lance", f"{entry['rows']:,}", each, f"{entry['bytes'] / 1e6:.1f}", index.get("kind", "-")
-        )
-    out.print(table)
-    print_evaluation(pl.read_parquet(root.local("evaluation.parquet"), glob=False))
 
 
 def _examples(spec: JobSpec, generation: dict[str, Any]) -> None:

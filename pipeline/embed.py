@@ -99,7 +99,7 @@ def run(
         slots = book.slots(names, _wholeness(root), _tally)
         todo = [(shard, slot.name) for shard, slot in zip(open_, slots, strict=True) if slot.record is None]
         with ExitStack() as stack:
-            workers: Callable[[], AbstractContextManager[Team]] = partial(pool.team, partial(Merger, root))
+            team: Team | None = None
             if todo:
                 setup = partial(Embedder, spec, folder, root, types)
                 team = stack.enter_context(pool.team(setup, on_progress, gpus=True, lookahead=LOOKAHEAD))
@@ -107,12 +107,15 @@ def run(
                 standing = standing or _begin(spec, team.call(Resolve(shards[0], total)), fixed, root)
                 made = _embed(todo, Facts(**standing["facts"]), team)
                 slots = [slot if slot.name not in made else Slot(slot.name, made[slot.name]) for slot in slots]
-                workers = lambda: nullcontext(team)  # noqa: E731 - as long as the stack
             assert standing is not None
             done = dict(zip(names, slots, strict=True))
             _check_budget(spec, shards, [*merged.values(), *(slot.done for slot in slots)])
             check_corpus()
             _, schema = _looks(spec, types, standing)
+
+            def workers() -> AbstractContextManager[Team]:
+                return pool.team(partial(Merger, root)) if team is None else nullcontext(team)
+
             merged = merge.run(groups, merged, done, schema, root, workers, _tally)
         seal = book.slot(_seal(merge.newest(root, groups)), _wholeness(root))
         if seal.record is None:

@@ -395,7 +395,5 @@ def _finished(chart: Any, height: int = HEIGHT) -> dict[str, Any]:
     sized = chart.properties(
         width="container", height=height, autosize=alt.AutoSizeParams(type="fit-x", contains="padding")
     )
-    spec: dict[str, Any] = sized.to_dict()
-    for name in ("$schema", "config"):  # the page has one for all; a schema is an address outside
-        spec.pop(name, None)
-    return spec
+    left_out = ("$schema", "config")  # the page has one for all; a schema is an address outside
+    return {name: part for name, part in sized.to_dict().items() if name not in left_out}

@@ -250,3 +250,33 @@ class Watch:
             self._told = now
             left = f"  {(rows - progress.rows) / rate:,.0f} s left" if rows and rate else ""
             log.info("%s %s%s", stage, state, left)
+
+
+def print_summary(name: str, root: str, generation: Mapping[str, Any]) -> None:
+    """What a generation holds: rows, model, transform, tables."""
+    rows, model = generation["corpus"], generation["model"]
+    out.print(f"\n[bold]{name}[/], generation {generation['generation']} in {plain(root)}")
+    reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(rows["reasons"].items()))
+    out.print(f"  {rows['rows']:,} rows in, {rows['quarantined']:,} quarantined{f' ({reasons})' if reasons else ''}")
+    counted = generation["embed"]
+    out.print(
+        f"  {plain(model['name'])}, {model['full_dim']} dimensions, {model['backend']} {model['precision']}; "
+        f"max_tokens cut {counted['cut_tokens']:,} tokens from {counted['cut_rows']:,} rows"
+    )
+    found = generation["transform"]
+    out.print(f"  plain prefixes: [bold]{found['verdict']['says']}[/], {plain(found['verdict']['because'])}")
+    chosen = f"; {found['compared']['because']}" if found["compared"] else ""
+    lost = f"; lost against PCA, by dimension: {found['lost']}" if found["lost"] else ""
+    out.print(f"  transform: [bold]{found['kind']}[/]{plain(chosen + lost)}")
+    table = Table("table", "rows", "bytes a row", "MB", "index", box=None, padding=(0, 2))
+    for table_name, entry in generation["tables"].items():
+        each = f"{entry['bytes'] / entry['rows']:.0f}" if entry["rows"] else "-"
+        index = entry.get("index") or {}
+        table.add_row(
+            f"  lancedb/{table_name}.lance",
+            f"{entry['rows']:,}",
+            each,
+            f"{entry['bytes'] / 1e6:.1f}",
+            index.get("kind", "-"),
+        )
+    out.print(table)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.encoders import packed
+from pipeline.encoders import packed, sentence
 from pipeline.encoders.packed import features
 
 WORDS = 90
@@ -425,8 +425,8 @@ def test_the_encoder_at_half_precision_is_judged_by_float32(encoder, monkeypatch
 @pytest.fixture
 def compiled_in_name(monkeypatch):
     """Traced, but run by torch itself: no C++ compiler is needed."""
-    monkeypatch.setattr(packed, "COMPILER", "eager")
-    monkeypatch.setattr(packed, "COMPILER_OPTIONS", {})
+    monkeypatch.setattr(sentence, "COMPILER", "eager")
+    monkeypatch.setattr(sentence, "COMPILER_OPTIONS", {})
     monkeypatch.setattr(packed, "_plain", torch.compiler.disable(packed._plain))
 
 
@@ -448,7 +448,7 @@ def test_a_model_that_cannot_be_compiled_is_refused_at_once(encoder, compiled_in
     def no_compiler(graph, inputs):
         raise RuntimeError("no C++ compiler here")
 
-    monkeypatch.setattr(packed, "COMPILER", no_compiler)
+    monkeypatch.setattr(sentence, "COMPILER", no_compiler)
     with pytest.raises(SpecError, match="bert cannot be compiled: .*no C"):
         encoder("bert").variant("bfloat16", "packed", compiled=True)
 

@@ -28,9 +28,6 @@ UNDERSTOOD = {"position_ids", "seq_idx", "cu_seq_lens_k", "max_length_k", "deter
 """Keywords of an attention call that change nothing here; any other one that is set is refused."""
 MAX_HEAD_DIM = 256
 """Of the varlen kernel (FlashAttention 2), whose head dimension also is a multiple of 8."""
-COMPILER = "inductor"
-COMPILER_OPTIONS: dict[str, Any] = {"options": {"deterministic": True}}
-"""Nothing is chosen by timing it, so that two processes compute the same bits."""
 PROBE_LENGTHS = (1, 2, 3, 7, 7, 18, 40, 64)
 
 
@@ -137,19 +134,6 @@ def kernel_serves(device: str, dtype: Any, head_dim: int) -> bool:
 
 _HAS_KERNEL = False
 """Set when the attention is registered."""
-
-
-def compile_layers(model: Any) -> None:
-    """Fuse what stands around the matrix products of each layer; a batch may have any size.
-
-    Layers share their code, so that one is compiled.
-    """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    inner = model[0].model
-    parts = [part for part in inner.modules() if isinstance(part, GradientCheckpointingLayer)]
-    for part in [*parts, *filter(None, [getattr(inner, "embeddings", None)])]:
-        part.compile(backend=COMPILER, dynamic=True, **COMPILER_OPTIONS)
 
 
 def pooling(module: Any) -> Any:

@@ -23,6 +23,9 @@ DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 """Names sentence-transformers itself tries for a document's prompt, in its order."""
 CUDA_IN_FLIGHT = 3
 """Batches on the way on CUDA: one computes while the next one's ids and the last one's vectors travel (assumed)."""
+COMPILER = "inductor"
+COMPILER_OPTIONS: dict[str, Any] = {"options": {"deterministic": True}}
+"""Nothing is chosen by timing it, so that two processes compute the same bits."""
 COMPILED_TEXTS = ["one two three " * count for count in range(8, 40)]
 """The batch that a model is compiled with."""
 BLOCK = re.compile(r"\.\d+\.")
@@ -240,7 +243,7 @@ class SentenceEncoder:
     def _compile(self) -> None:
         """Compile now, on one made-up batch, so that no real one fails by it and every process begins the same."""
         assert self.attention == "packed" and self.tokenizer is not None
-        packed.compile_layers(self.model)
+        _compile_layers(self.model)
         try:
             self.begin(self.tokenizer(COMPILED_TEXTS), "document", "")()
         except Exception as error:  # whatever the compiler or its tools raise
@@ -260,6 +263,19 @@ class SentenceEncoder:
     def _full(self, value: Any) -> Any:
         is_half = isinstance(value, self._torch.Tensor) and value.is_floating_point()
         return value.float() if is_half else value
+
+
+def _compile_layers(model: Any) -> None:
+    """Fuse what stands around the matrix products of each layer; a batch may have any size.
+
+    Layers share their code, so that one is compiled.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    inner = model[0].model
+    parts = [part for part in inner.modules() if isinstance(part, GradientCheckpointingLayer)]
+    for part in [*parts, *filter(None, [getattr(inner, "embeddings", None)])]:
+        part.compile(backend=COMPILER, dynamic=True, **COMPILER_OPTIONS)
 
 
 def _loaded(folder: ModelFolder, device: str) -> Any:

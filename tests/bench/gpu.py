@@ -58,11 +58,11 @@ class Bench:
             torch.set_num_threads(1)
         self.rows: list[dict[str, Any]] = []
         self.peak = self.measured_peak()
-        from pipeline.encoders import packed
+        from pipeline.encoders import packed, sentence
 
         packed.register()
         if not self.cuda:  # compiled in name alone: a check of the way there
-            packed.COMPILER, packed.COMPILER_OPTIONS = "eager", {}
+            sentence.COMPILER, sentence.COMPILER_OPTIONS = "eager", {}
             packed._plain = torch.compiler.disable(packed._plain)
         self.has_kernel = packed.kernel_serves(self.device, torch.bfloat16, 64)
 
