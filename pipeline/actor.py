@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.logs import WorkerLog
 from pipeline.storage import Root
-from pipeline.teams import Worker, called
+from pipeline.teams import Worker, called, leave_packed_folder
 from pipeline.telemetry import Meters, node
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ class Actor(Worker):
 
     def __init__(self, setup: bytes, threads: int, labels: Labels, slot: int) -> None:
         super().__init__(setup, threads)
+        leave_packed_folder()
         self._labels, self._slot = labels, slot
         self._begin_lock = threading.Lock()
         self._meters: Meters | None = None

@@ -119,6 +119,8 @@ class Bucket(Disk):
     Drafts of our own are held in memory until they get their name. A copy in another process begins empty.
     """
 
+    at_once = 32
+
     def __init__(self) -> None:
         self._stores: dict[str, Any] = {}
         self._drafts: dict[PurePath, bytes] = {}

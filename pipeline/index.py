@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import store
+from pipeline import segments, store
 from pipeline.errors import PipelineError
 from pipeline.spec import Index, IndexKind, Prefix
 from pipeline.storage import Root
 from pipeline.tables import DOCUMENTS, vector_matrix
+from pipeline.workers import Pool
 
 log = logging.getLogger(__name__)
 
@@ -37,14 +38,14 @@ TOKENIZER = "icu/split"
 
 @dataclass(frozen=True)
 class Indexed:
-    """A table's version after indexing, and its ANN index: kind, partitions, nprobes (None: none)."""
+    """A table's version after indexing, and its ANN index: kind, partitions and nprobes of a segment (None: none)."""
 
     version: int
     index: Mapping[str, Any] | None
 
 
-def run(settings: Index, prefixes: Sequence[Prefix], rows: int, root: Root) -> dict[str, Indexed]:
-    """Build what is missing. PipelineError where an index is incomplete or not used."""
+def run(settings: Index, prefixes: Sequence[Prefix], rows: int, root: Root, pool: Pool) -> dict[str, Indexed]:
+    """Build what is missing; segments on the workers. PipelineError where an index is incomplete or not used."""
     import lancedb  # takes a second, which workers need not spend
     from lancedb.index import FTS, BTree
 
@@ -64,7 +65,7 @@ def run(settings: Index, prefixes: Sequence[Prefix], rows: int, root: Root) -> d
     for prefix in prefixes:
         kind, why = choose(prefix, settings, rows)
         log.info("index table=%s kind=%s because=%s", prefix.table, kind, why)
-        done[prefix.table] = _ann(database.open_table(prefix.table), prefix, kind, rows, root)
+        done[prefix.table] = _ann(database.open_table(prefix.table), prefix, kind, rows, root, settings, pool)
         store.sync_table(root, prefix.table)
     return done
 
@@ -105,22 +106,34 @@ def build_bytes(prefix: Prefix, kind: IndexKind, rows: int) -> int:
     return int(trained * prefix.dim * number_bytes + 2 * rows * (prefix.bytes_per_row + 8))
 
 
-def _check_memory(prefix: Prefix, kind: IndexKind, rows: int) -> None:
-    """PipelineError where a build needs more memory than is free here; a kind that the spec names is tried anyway."""
-    needed, free = build_bytes(prefix, kind, rows), available_bytes()
-    if free is None or needed <= free:
-        return
+def _segments(prefix: Prefix, kind: IndexKind, rows: int, settings: Index, most: int, pool: Pool) -> int:
+    """In how many segments an index is built, of `most` that there can be.
+
+    PipelineError where a build needs more memory than is free here, all workers taken to be on this machine; a kind
+    that the spec names is tried anyway.
+    """
+    if settings.segments != "auto":
+        return min(settings.segments, most)
+    free = available_bytes()
+    if free is None:
+        return 1
+    for count in range(1, most + 1):
+        at_once = min(count, max(1, pool.plan.limit)) if count > 1 else 1
+        needed = at_once * build_bytes(prefix, kind, -(-rows // count))
+        if needed <= free:
+            return count
+    parts = f" in {most} segments" if most > 1 else ""
     why = (
-        f"the {kind} index of {prefix.table} takes about {needed / 1e9:.1f} GB of memory to build on {rows:,} rows, "
-        f"{free / 1e9:.1f} GB are free here"
+        f"the {kind} index of {prefix.table} takes about {needed / 1e9:.1f} GB of memory to build on {rows:,} rows"
+        f"{parts}, {free / 1e9:.1f} GB are free here"
     )
-    if prefix.index.kind != "auto":
-        log.warning("index %s; tried because the spec names the kind", why)
-        return
-    raise PipelineError(
-        f"{why}; run again with --from index on a machine with more, which needs the root alone, set index.kind: none "
-        f"for this prefix, or index.kind: {kind} to have it tried all the same"
-    )
+    if prefix.index.kind == "auto":
+        raise PipelineError(
+            f"{why}; run again with --from index on a machine with more, which needs the root alone, set index.kind: "
+            f"none for this prefix, or index.kind: {kind} to have it tried all the same"
+        )
+    log.warning("index %s; tried because the spec names the kind", why)
+    return most
 
 
 def available_bytes() -> int | None:
@@ -136,31 +149,60 @@ def available_bytes() -> int | None:
     return min(free, default=None)
 
 
-def _ann(table: Any, prefix: Prefix, kind: IndexKind, rows: int, root: Root) -> Indexed:
+def _ann(table: Any, prefix: Prefix, kind: IndexKind, rows: int, root: Root, settings: Index, pool: Pool) -> Indexed:
     existing = [found for found in table.list_indices() if list(found.columns) == ["vector"]]
     if kind == "none":
         for found in existing:
             table.drop_index(found.name)
         return Indexed(int(table.version), None)
-    count = partitions_of(kind, rows)
     bits = (prefix.index.bits or RQ_BITS) if kind == "ivf_rq" else None
-    if not any(_is(found, kind, bits) for found in existing):
-        _check_memory(prefix, kind, rows)
-        # pylance: lancedb 0.40 trains on float16 four to seven times as long, for the same index
-        store.open_table(store.table_uri(root, prefix.table)).create_index(
-            "vector",
-            NAMES[kind],
-            metric="hamming" if prefix.precision == "binary" else "dot",
-            num_partitions=count,
-            replace=True,
-            **({"num_bits": bits} if bits else {}),
-        )
+    if any(_is(found, kind, bits) for found in existing):
+        parts = next(found.num_segments or 1 for found in existing)
+    else:
+        parts = _built(prefix, kind, bits, rows, root, settings, pool)
         table.checkout_latest()
     _check_complete(table)
-    probes = min(count, max(MIN_PROBES, math.ceil(PROBED_SHARE * count)))
-    index = {"kind": kind, "bits": bits, "partitions": count, "nprobes": probes}
+    count = partitions_of(kind, -(-rows // parts))
+    index = {"kind": kind, "bits": bits, "partitions": count, "nprobes": _probes(count)} | (
+        {"segments": parts} if parts > 1 else {}
+    )
     _check_used(prefix, int(table.version), index, root)
     return Indexed(int(table.version), index)
+
+
+def _probes(count: int) -> int:
+    """Partitions that a search looks at, of so many."""
+    return min(count, max(MIN_PROBES, math.ceil(PROBED_SHARE * count)))
+
+
+def _built(
+    prefix: Prefix, kind: IndexKind, bits: int | None, rows: int, root: Root, settings: Index, pool: Pool
+) -> int:
+    """Build an index; its segments. Where they find too little, one takes their place."""
+    uri = store.table_uri(root, prefix.table)
+    options = {
+        "column": "vector",
+        "index_type": NAMES[kind],
+        "metric": "hamming" if prefix.precision == "binary" else "dot",
+        **({"num_bits": bits} if bits else {}),
+    }
+    table = store.open_table(uri)
+    most = len(table.get_fragments())
+    parts = segments.split(table, _segments(prefix, kind, rows, settings, most, pool))
+    if len(parts) > 1:
+        count = partitions_of(kind, -(-rows // len(parts)))
+        segments.build(uri, parts, {**options, "num_partitions": count}, pool)
+        table = store.open_table(uri)
+        found = segments.recall(table, _probes(count))
+        log.info("index table=%s segments=%d recall=%.3f", prefix.table, len(parts), found)
+        if found >= segments.MIN_RECALL:
+            return len(parts)
+        log.warning("index %s: %d segments find too little, it is built in one", prefix.table, len(parts))
+        table.drop_index(segments.NAME)
+        _segments(prefix, kind, rows, Index(), 1, pool)
+    # pylance: lancedb 0.40 trains on float16 four to seven times as long, for the same index
+    table.create_index(**options, num_partitions=partitions_of(kind, rows), replace=True)
+    return 1
 
 
 def _is(found: Any, kind: IndexKind, bits: int | None) -> bool:

@@ -75,10 +75,10 @@ class Ledger:
     ) -> list[Slot]:
         """The same for many, with one look at the folder; what it does not show is not asked for.
 
-        `keep`: what to hold of a record, one of which is in memory at a time.
+        `keep`: what to hold of a record, few of which are in memory at a time.
         """
         editions = self._editions()
-        return [self._slot(name, editions.get(name), is_sound, keep) for name in names]
+        return list(self.root.each(lambda name: self._slot(name, editions.get(name), is_sound, keep), names))
 
     def _slot(
         self, name: str, edition: int | None, is_sound: Callable[[Record], bool], keep: Callable[[Record], Any]

@@ -26,8 +26,9 @@ def run(root: Root) -> set[str]:
     """Set damaged files aside; names of the tables that miss something and must be published afresh."""
     known = _known(root)
     seen = _stamps(root)
-    for name in sorted(_private(root, seen)):
-        if seen[name] != known.get(name) and not _is_whole(root, name):
+    changed = sorted(name for name in _private(root, seen) if seen[name] != known.get(name))
+    for name, is_whole in zip(changed, root.each(lambda name: _is_whole(root, name), changed), strict=True):
+        if not is_whole:
             _set_aside(root, name)
     try:
         newest = ledger.newest_generation(root)

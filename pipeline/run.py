@@ -165,7 +165,7 @@ class _Run:
         if last == "derive":
             return {}
         with self.stage("index", None):
-            indexed = bucket.insisting(root, lambda: index.run(spec.index, spec.prefixes, full.rows, root))
+            indexed = bucket.insisting(root, lambda: index.run(spec.index, spec.prefixes, full.rows, root, self.pool))
         if last == "index":
             return {}
         store.drop_leftovers(root)

@@ -25,6 +25,9 @@ Stamp: TypeAlias = list[Any]
 class Backend(Protocol):
     """What storage must do. Each call is one step, which may fail by itself with OSError."""
 
+    at_once: int
+    """Files that are read side by side where there are many: as many as hide the waiting."""
+
     def put(self, path: PurePath, data: bytes) -> None:
         """Make a file of these bytes, not yet durable."""
 

@@ -213,6 +213,7 @@ class Index(Section):
 
     min_rows: int = Field(100_000, ge=1, description="ANN: below it `auto` builds none")
     text: bool = Field(False, description="a full-text index over the texts, for hybrid search")
+    segments: Auto | Annotated[int, Field(ge=1)] = Field("auto", description="of an ANN index; auto: as few as fit")
 
 
 class Level(Section):

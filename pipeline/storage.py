@@ -13,11 +13,13 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path, PurePath, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.errors import DamageError, SpecError
 from pipeline.seam import Backend, Place, Stamp
@@ -28,10 +30,15 @@ KEPT = f"{STATE}/kept"
 """Files named by their sha256: written once, never changed."""
 ASIDE = f"{STATE}/damaged"
 """Where damaged files are moved, out of every reader's way."""
+EACH = 1_000
+"""Files that are in hand at once where many are read."""
+T = TypeVar("T")
 
 
 class Disk:
     """A local file system, or one mounted."""
+
+    at_once = 1
 
     def put(self, path: PurePath, data: bytes) -> None:
         """Make a file of these bytes, not yet durable."""
@@ -203,6 +210,16 @@ class Root:
         target = self._ready(name)
         self.disk.replace(draft, target)
         self.disk.sync_folder(target.parent)
+
+    def each(self, call: Callable[[str], T], names: Iterable[str]) -> Iterator[T]:
+        """What `call` says of each name, in order; it only reads."""
+        if self.disk.at_once == 1:
+            yield from map(call, names)
+            return
+        left = iter(names)
+        with ThreadPoolExecutor(self.disk.at_once) as pool:
+            while some := list(islice(left, EACH)):
+                yield from pool.map(call, some)
 
     def read(self, name: str) -> bytes | None:
         """A file's bytes; None where there is no such file."""

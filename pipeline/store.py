@@ -276,14 +276,21 @@ def data_bytes(table: lance.LanceDataset) -> int:
 
 
 def nearest(
-    table: lance.LanceDataset, query: Any, limit: int, probes: int, where: str | None, columns: Sequence[str] = ("row",)
+    table: lance.LanceDataset,
+    query: Any,
+    limit: int,
+    probes: int | None,
+    where: str | None,
+    columns: Sequence[str] = ("row",),
 ) -> Any:
     """A Lance scanner over the ANN index: dot for floats, hamming for packed bits (uint8).
 
-    At least `probes` partitions are looked at, more while a filter leaves fewer than `limit` rows.
+    At least `probes` partitions are looked at, more while a filter leaves fewer than `limit` rows; None: all rows
+    are, without the index.
     """
     metric = "hamming" if str(query.dtype) == "uint8" else "dot"
-    target = {"column": "vector", "q": query, "k": limit, "metric": metric, "minimum_nprobes": probes}
+    how: dict[str, Any] = {"use_index": False} if probes is None else {"minimum_nprobes": probes}
+    target = {"column": "vector", "q": query, "k": limit, "metric": metric, **how}
     return table.scanner(columns=[*columns, "_distance"], nearest=target, filter=where, prefilter=where is not None)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 from pipeline.errors import PipelineError, SpecError
 from pipeline.sentences import PASSED, masked, without
 from pipeline.spec import JobSpec
+from pipeline.teams import SUBMITTED
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +159,7 @@ def submit(path: str, spec: JobSpec, sets: Sequence[str], address: str | None, p
                 client,
                 entrypoint=f"python -m pipeline run {name} {' '.join(overrides)}",
                 submission_id=f"{spec.name}-{uuid.uuid4().hex[:8]}",
-                runtime_env={"working_dir": folder, "env_vars": dict(passed)},
+                runtime_env={"working_dir": folder, "env_vars": {SUBMITTED: "1", **passed}},
                 metadata={"job": spec.name, "root": masked(spec.root)},
             )
     except (OSError, RuntimeError, ValueError) as error:

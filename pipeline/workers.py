@@ -36,6 +36,7 @@ from pipeline.teams import (
     Team,
     called,
     give_back_memory,
+    leave_packed_folder,
     peak_memory_bytes,
 )
 from pipeline.telemetry import Meters
@@ -110,6 +111,7 @@ class Pool:
             return placement.plan(self._settings, [Node(cores, 0 if self._settings.gpus == "auto" else 1)])
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        leave_packed_folder()
         import ray
 
         self._ray = ray
@@ -269,6 +271,7 @@ class RayTeam(Team):
         try:
             self._members.append(_Member(actor, self._ray.get(reference), slot))
             self._stillborn = 0
+            log.info("worker began number=%d node=%s", slot, self._members[-1].node[:8])
         except self._ray.exceptions.RayError as error:
             self._stillborn += 1
             log.warning("worker did not start because=%s", _reason(error))

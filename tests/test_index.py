@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from pipeline import index, open_index, run
+from pipeline import index, open_index, run, segments, store
 from pipeline.errors import PipelineError
 from pipeline.index import build_bytes, choose, partitions
 from pipeline.search import Index as Search
@@ -127,6 +127,59 @@ def test_rows_that_the_index_does_not_cover_are_scanned_and_that_is_said(spec):
     hits, steps = index.rank(unit(query[None]), 2, cascade=[("prefix_16_float16", 2)], rescore=False)
     assert sorted(hits.rows[0]) == [0, 120]
     assert steps[0].note == "1 rows are not in its index and are scanned"
+
+
+@pytest.mark.parametrize(
+    ("rows", "count", "wanted"),
+    [
+        ([5], 3, [(0,)]),
+        ([10, 10, 10, 10], 2, [(0, 1), (2, 3)]),
+        ([10, 10, 10, 10], 9, [(0,), (1,), (2,), (3,)]),
+        ([1, 1, 1, 97], 2, [(0, 1, 2), (3,)]),
+        ([0, 0], 2, [(0, 1)]),
+    ],
+)
+def test_fragments_in_groups_of_about_as_many_rows(rows, count, wanted):
+    assert segments.groups(rows, count) == wanted
+
+
+@pytest.mark.parametrize(("precision", "kind"), KINDS)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_index_in_segments_finds_what_exact_search_finds(spec, monkeypatch, precision, kind, workers):
+    monkeypatch.setattr(store, "FRAGMENT_ROWS", 50)
+    job = spec(
+        corpus__shard_rows=40, prefixes=with_index(precision, kind), index__segments=8, workers={"count": workers}
+    )
+    generation = run(job)
+    built = generation["tables"][f"prefix_16_{precision}"]
+    assert len(built["parts"]) == built["index"]["segments"] == 3
+    assert built["index"]["partitions"] == index.partitions_of(kind, 40)
+    opened = open_index(job.root, engine="lance")
+    found = opened.search("w001 w002", k=10, cascade=[(f"prefix_16_{precision}", 120)])
+    assert len(set(found["row"]) & set(opened.exact("w001 w002", k=10)["row"])) >= 9
+    assert run(job) == generation
+
+
+def test_segments_that_find_too_little_give_way_to_one(spec, monkeypatch, caplog):
+    monkeypatch.setattr(store, "FRAGMENT_ROWS", 50)
+    monkeypatch.setattr(segments, "recall", lambda table, probes: 0.94)
+    job = spec(corpus__shard_rows=40, prefixes=with_index("float16", "ivf_sq"), index__segments=2)
+    assert "segments" not in run(job)["tables"]["prefix_16_float16"]["index"]
+    assert "2 segments find too little, it is built in one" in caplog.text
+    table = lance.dataset(f"{job.root}/lancedb/prefix_16_float16.lance")
+    assert [len(one.segments) for one in table.describe_indices() if one.field_names == ["vector"]] == [1]
+
+
+@pytest.mark.parametrize(("precision", "kind"), [("float16", "ivf_sq"), ("binary", "ivf_flat")])
+def test_the_recall_of_an_index_is_told_by_its_own_rows(spec, monkeypatch, precision, kind):
+    run(job := spec(prefixes=with_index(precision, kind)))
+    table = lance.dataset(f"{job.root}/lancedb/prefix_16_{precision}.lance")
+    assert segments.recall(table, 20) == 1
+    whole = store.nearest
+    monkeypatch.setattr(
+        store, "nearest", lambda *asked: whole(*asked[:4], None if asked[3] is None else "row < 30", *asked[5:])
+    )
+    assert segments.recall(table, 20) < 0.7
 
 
 def test_memory_of_a_build_is_what_it_trains_on_and_twice_the_vectors():

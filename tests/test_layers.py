@@ -41,7 +41,7 @@ LEVELS = [
     {"spec", "store", "docstrings", "tables", "ids", "lock", "ledger"},
     {"sources", "encoders", "placement", "repair", "submit"},
     {"workers"},
-    {"rows", "queries", "drift", "views", "merge"},
+    {"rows", "queries", "drift", "views", "merge", "segments"},
     {"embedder", "levels"},
     {"corpus", "embed", "export", "fit", "derive", "index", "cascade", "cache"},
     {"anytime", "hybrid"},

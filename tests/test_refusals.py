@@ -84,6 +84,7 @@ ENTRIES = {
     "prefixes.index.kind": accepted(prefixes__2__index={"kind": "ivf_flat"}),
     "prefixes.index.bits": accepted(prefixes__2__index={"kind": "ivf_rq", "bits": 8}),
     "index.min_rows": accepted(index__min_rows=1),
+    "index.segments": accepted(index__segments=2),
     "index.text": accepted(index__text=True),
     "search.cascade.table": accepted(search__cascade__0__table="prefix_16_int8"),
     "search.cascade.shortlist": accepted(search__cascade__0__shortlist=9),

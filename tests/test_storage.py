@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -349,6 +350,21 @@ def test_a_claim_that_cannot_be_read_is_taken_over(root):
     lock.take(root, Owner.me())
     (root.path / lock.LOCKS / "1.json").write_bytes(b"")
     assert lock.take(root, Owner.me()).fence == 2
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_many_files_are_read_side_by_side_in_order(root, monkeypatch, at_once):
+    """With three at once each waits for two others, and would wait for ever alone."""
+    monkeypatch.setattr(storage, "EACH", 6)
+    disk, met = Disk(), threading.Barrier(at_once)
+    disk.at_once = at_once
+
+    def call(name):
+        met.wait(10)
+        return name * 2
+
+    names = [str(number) for number in range(9)]
+    assert list(replace(root, disk=disk).each(call, names)) == [name * 2 for name in names]
 
 
 @pytest.mark.parametrize("others", [["1"], ["2"], ["1", "2"]])

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.actor import Actor, Labels
 from pipeline.errors import DataError, PipelineError, SpecError
 from pipeline.placement import Node, Plan, plan
 from pipeline.spec import Workers
 from pipeline.storage import Root
+from pipeline.teams import SUBMITTED
 from pipeline.workers import Pool, Progress
 
 SECRET = "s3cr3t-0f-th3-w0rk3rs"
@@ -119,6 +121,18 @@ def test_threads_are_set_before_anything_loads(pool):
     with pool.team(Handler) as team:
         for name in ("OMP_NUM_THREADS", "LANCE_CPU_THREADS", "POLARS_MAX_THREADS"):
             assert team.call(("environment", name)) == str(pool.plan.threads)
+
+
+@pytest.mark.parametrize("submitted", [True, False])
+def test_a_submitted_job_leaves_the_folder_that_ray_may_unpack_anew(pool, tmp_path, monkeypatch, submitted):
+    monkeypatch.chdir(tmp_path)
+    if submitted:
+        monkeypatch.setenv(SUBMITTED, "1")
+    assert Pool(Workers(count=1)).plan.count == 1  # the driver
+    assert (Path.cwd() == tmp_path) is not submitted
+    monkeypatch.chdir(tmp_path)
+    Actor(b"", 1, Labels("words", "embed", None), 1)
+    assert (Path.cwd() == tmp_path) is not submitted
 
 
 def test_workers_without_room_hold_nothing_up(pool):

@@ -4,7 +4,8 @@
 
 A head and two nodes are started as processes of their own. The job is submitted as a user does, its root in a bucket;
 the same job in a folder on this machine is what it must equal, table by table. Then one node after another is killed
-by the ids of its processes, at seeded instants; last the whole cluster, and the job goes on in another.
+by the ids of its processes, at seeded instants; last the whole cluster, and the job goes on in another. Before all
+that the job runs on this machine with its root behind a proxy that breaks a tenth of the requests, or loses answers.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import tempfile
 import time
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,16 @@ from urllib.error import HTTPError
 import psutil
 import yaml
 
+from tests.faults.s3proxy import Proxy
+
 CHECKOUT = Path(__file__).parents[2]
 START_SECONDS, JOB_SECONDS = 90, 900
+SHARD, BEGAN, DIED = r"embed shard=\d+ rows", r"worker began", r"worker died"
+BROKEN = {
+    "whole": {}, "errors": dict.fromkeys(("error500", "error503", "reset", "truncated"), 0.025), "lost": {"lost": 0.3},
+}  # fmt: skip
+"""Shares of requests that a proxy breaks, by part."""
+WRITTEN = "PUT /roots/{}/lancedb/documents.lance/data/"
 PASSED = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION", "AWS_ENDPOINT_URL", "XDG_CACHE_HOME")
 
 
@@ -66,6 +75,14 @@ class Process:
     def __init__(self, command: list[str], folder: Path, environment: dict[str, str]) -> None:
         self._log = (folder / f"{time.monotonic_ns()}.log").open("w+b")
         self._process = subprocess.Popen(command, cwd=folder, env=environment, stdout=self._log, stderr=self._log)
+
+    @property
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def count(self, what: str) -> int:
+        """How often its output tells of something."""
+        return len(re.findall(what, Path(self._log.name).read_text(errors="replace")))
 
     def all(self) -> list[psutil.Process]:
         with suppress(psutil.NoSuchProcess):
@@ -115,6 +132,10 @@ class Cluster:
         """One node more."""
         return self._start(f"--address=127.0.0.1:{self.port}", f"--num-cpus={cores}")
 
+    def tend(self) -> None:
+        """Start again what did not begin: on few cores a node may time out."""
+        self.nodes = [self.join() if one.has_ended else one for one in self.nodes]
+
     def _start(self, *options: str) -> Process:
         common = [
             "--block", "--disable-usage-stats", "--object-store-memory=100000000", "--min-worker-port=0",
@@ -130,8 +151,8 @@ class Cluster:
 
 
 @contextmanager
-def bucket(folder: Path) -> Iterator[str]:
-    """An S3 server in a process of its own, with a bucket; credentials of nobody stand in the environment."""
+def bucket(folder: Path) -> Iterator[tuple[str, Process]]:
+    """A bucket and its S3 server, a process of its own; credentials of nobody stand in the environment."""
     import boto3
 
     port = free_port()
@@ -143,7 +164,7 @@ def bucket(folder: Path) -> Iterator[str]:
     try:
         wait_until(lambda: answers(f"http://127.0.0.1:{port}/moto-api"), "the S3 server")
         boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="roots")
-        yield "s3://roots"
+        yield "s3://roots", server
     finally:
         server.kill()
 
@@ -183,9 +204,9 @@ class Trial:
         path = self.folder / f"{name}.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def done(self, name: str) -> int:
-        """Shards that its output tells of."""
-        return len(re.findall(r"embed shard=\d+", self.told(name)))
+    def count(self, name: str, what: str) -> int:
+        """How often its output tells of something."""
+        return len(re.findall(what, self.told(name)))
 
     def _seconds(self, command: list[str], name: str) -> float:
         start = time.monotonic()
@@ -205,41 +226,60 @@ def digests(root: str) -> dict[str, Any]:
     return {name: entry["digest"] for name, entry in generation["tables"].items()}
 
 
-def ended(job: subprocess.Popen[bytes], trial: Trial, name: str) -> None:
-    if job.wait(JOB_SECONDS) != 0:
+def ended(job: subprocess.Popen[bytes], trial: Trial, name: str, cluster: Cluster) -> None:
+    def is_over() -> bool:
+        cluster.tend()
+        return job.poll() is not None
+
+    wait_until(is_over, name, JOB_SECONDS)
+    if job.returncode != 0:
         raise RuntimeError(f"{name} ended with {job.returncode}:\n{trial.told(name)[-3000:]}")
 
 
-def undisturbed(trial: Trial, cluster: Cluster, store: str, wanted: dict[str, Any]) -> dict[str, Any]:
+def undisturbed(trial: Trial, cluster: Cluster, store: str, wanted: dict[str, Any], server: Process) -> dict[str, Any]:
     start = time.monotonic()
-    ended(trial.submitted(cluster, "calm", f"{store}/calm"), trial, "calm")
-    return {"seconds": time.monotonic() - start, "equal": digests(f"{store}/calm") == wanted}
+    ended(trial.submitted(cluster, "calm", f"{store}/calm"), trial, "calm", cluster)
+    return {
+        "seconds": time.monotonic() - start, "written": server.count(WRITTEN.format("calm")),
+        "equal": digests(f"{store}/calm") == wanted,
+    }  # fmt: skip
 
 
 def nodes_lost(
-    trial: Trial, cluster: Cluster, store: str, wanted: dict[str, Any], kills: int, seed: int
+    trial: Trial, cluster: Cluster, store: str, wanted: dict[str, Any], kills: int, seed: int, server: Process
 ) -> dict[str, Any]:
-    """Nodes die one after another at seeded instants, each once a shard was finished since; others join."""
-    rng, start, done, recovered = random.Random(seed), time.monotonic(), 0, []
+    """Nodes die one after another at seeded instants, each once a shard was finished since; others join.
+
+    `in_hand`: items that dead workers were given, of which a device has one at most; `written`: files of
+    vectors, those of merged shards among them.
+    """
+    rng, start, recovered = random.Random(seed), time.monotonic(), []
     job = trial.submitted(cluster, "lossy", f"{store}/lossy")
+
+    def over(what: str, count: int) -> Callable[[], bool]:
+        def is_over() -> bool:
+            cluster.tend()
+            return trial.count("lossy", what) >= count or job.poll() is not None
+
+        return is_over
+
     for _ in range(kills):
-        before = trial.done("lossy")
-        began = time.monotonic()
-        wait_until(lambda before=before: trial.done("lossy") > before or job.poll() is not None, "the next shard", 120)
+        wait_until(over(SHARD, trial.count("lossy", SHARD) + 1), "the next shard", 120)
+        time.sleep(rng.uniform(0, 3))
         if job.poll() is not None:
             break
-        if done:
-            recovered.append(time.monotonic() - began)
-        time.sleep(rng.uniform(0, 3))
+        began, killed = trial.count("lossy", BEGAN), time.monotonic()
         victim = rng.randrange(len(cluster.nodes))
         cluster.nodes[victim].kill()
         cluster.nodes[victim] = cluster.join()
-        done += 1
-    ended(job, trial, "lossy")
-    again = re.findall(r"lost with its node|node lost|worker lost", trial.told("lossy"))
+        wait_until(over(BEGAN, began + 1), "another worker", 120)
+        recovered.append(round(time.monotonic() - killed, 1))
+    ended(job, trial, "lossy", cluster)
+    seconds, shards = time.monotonic() - start, trial.count("lossy", SHARD)
     return {
-        "kills": done, "seconds": time.monotonic() - start, "seconds_to_the_next_shard": recovered,
-        "equal": digests(f"{store}/lossy") == wanted, "told": len(again),
+        "kills": len(recovered), "seconds": seconds, "seconds_to_another_worker": recovered, "shards": shards,
+        "in_hand": trial.count("lossy", DIED), "written": server.count(WRITTEN.format("lossy")),
+        "equal": digests(f"{store}/lossy") == wanted,
     }  # fmt: skip
 
 
@@ -248,23 +288,36 @@ def head_lost(trial: Trial, store: str, wanted: dict[str, Any], folder: Path) ->
     first = Cluster(folder, 2)
     try:
         job = trial.submitted(first, "moved", f"{store}/moved")
-        wait_until(lambda: trial.done("moved") >= 5 or job.poll() is not None, "five shards", 180)
+        wait_until(lambda: trial.count("moved", SHARD) >= 5 or job.poll() is not None, "five shards", 180)
         first.head.kill()
     finally:
         first.end()
     job.kill()
     job.wait(10)
-    before = trial.done("moved")
+    before = trial.count("moved", SHARD)
     second = Cluster(folder, 2)
     try:
         start = time.monotonic()
-        ended(trial.submitted(second, "moved", f"{store}/moved"), trial, "moved")
+        ended(trial.submitted(second, "moved", f"{store}/moved"), trial, "moved", second)
     finally:
         second.end()
+    seconds, after = time.monotonic() - start, trial.count("moved", SHARD) - before
     return {
-        "shards_before": before, "shards_after": trial.done("moved") - before, "seconds": time.monotonic() - start,
+        "shards_before": before, "shards_after": after, "seconds": seconds,
         "equal": digests(f"{store}/moved") == wanted,
     }  # fmt: skip
+
+
+def broken(trial: Trial, store: str, wanted: dict[str, Any], name: str, rates: dict[str, float]) -> dict[str, Any]:
+    """On this machine, its root behind 20 ms and a proxy that breaks requests."""
+    direct = os.environ["AWS_ENDPOINT_URL"]
+    with Proxy(int(direct.rpartition(":")[2]), rates, latency=0.02) as proxy:
+        os.environ["AWS_ENDPOINT_URL"] = proxy.url
+        try:
+            seconds = trial.run(name, f"{store}/{name}")
+        finally:
+            os.environ["AWS_ENDPOINT_URL"] = direct
+    return {"seconds": seconds, "equal": digests(f"{store}/{name}") == wanted, **proxy.counts}
 
 
 def main() -> None:
@@ -276,26 +329,31 @@ def main() -> None:
     options.add_argument("--shard-rows", type=int, default=64)
     options.add_argument("--kills", type=int, default=10)
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--parts", default="calm,nodes,head")
+    options.add_argument("--parts", default="whole,errors,lost,calm,nodes,head")
     asked = options.parse_args()
     asked.corpus = asked.corpus.resolve()
     os.environ["PYTHONPATH"] = str(CHECKOUT)
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
     parts = asked.parts.split(",")
-    with tempfile.TemporaryDirectory() as name, bucket(Path(name)) as store:
+    with tempfile.TemporaryDirectory() as name, bucket(Path(name)) as (store, server):
         folder = Path(name)
         trial = Trial(folder, asked)
         seconds = trial.run("local", str(folder / "local"))
         wanted = digests(str(folder / "local"))
-        print(json.dumps({"part": "local", "seconds": seconds, "shards": trial.done("local")}), flush=True)
+        print(json.dumps({"part": "local", "seconds": seconds, "shards": trial.count("local", SHARD)}), flush=True)
+        for part, rates in BROKEN.items():
+            if part in parts:
+                print(json.dumps({"part": part, **broken(trial, store, wanted, part, rates)}), flush=True)
         if {"calm", "nodes"} & set(parts):
             cluster = Cluster(folder, 2)
             try:
                 if "calm" in parts:
-                    print(json.dumps({"part": "calm", **undisturbed(trial, cluster, store, wanted)}), flush=True)
+                    print(
+                        json.dumps({"part": "calm", **undisturbed(trial, cluster, store, wanted, server)}), flush=True
+                    )
                 if "nodes" in parts:
-                    told = nodes_lost(trial, cluster, store, wanted, asked.kills, asked.seed)
+                    told = nodes_lost(trial, cluster, store, wanted, asked.kills, asked.seed, server)
                     print(json.dumps({"part": "nodes", **told}), flush=True)
             finally:
                 cluster.end()

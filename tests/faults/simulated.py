@@ -203,6 +203,8 @@ def _apply(names: dict[str, Inode], name: str, inode: Inode | None) -> None:
 class SimDisk:
     """A backend of `pipeline.storage.Root` on a world."""
 
+    at_once = 1
+
     def __init__(self, world: World) -> None:
         self.world = world
 
