@@ -32,8 +32,8 @@ T = TypeVar("T")
 STORES = {"s3": "S3Store", "gs": "GCSStore", "az": "AzureStore"}
 PART = re.compile(r"[A-Za-z0-9_.=+,-]+")
 """Other characters have more than one spelling in URLs and keys."""
-TRIES = 4
-"""Of a call that the library gave up, or must not repeat by itself; the library tries RETRIES times within each."""
+TRIES = RETRIES
+"""Of a call that the library must not repeat by itself (a delete, a PUT under a condition), in SECONDS at most."""
 UPLOAD_BYTES, UPLOADS = 16 * 2**20, 4
 """Part of a large file, and how many are on the way at once: 64 MiB of memory."""
 ABSENT = ("NoSuchBucket", "ContainerNotFound", "specified bucket does not exist")
@@ -93,7 +93,7 @@ def insisting(root: Root, call: Callable[[], T]) -> T:
 
     The call has to look first at what is done, since the reply may be lost where the work is not.
     """
-    tries = 1
+    until, tries = time.monotonic() + SECONDS, 1
     while True:
         try:
             return call()
@@ -101,7 +101,7 @@ def insisting(root: Root, call: Callable[[], T]) -> T:
             raise
         except (OSError, RuntimeError, ValueError) as error:
             in_bucket = isinstance(root.path, Location) and (is_of_a_store(error) or "conflict" in str(error))
-            if not in_bucket or tries == TRIES:
+            if not in_bucket or tries == TRIES or time.monotonic() > until:
                 raise
             log.warning("bucket tries again after try=%d: %s", tries, _reason(error))
         root.disk.sleep(_pause(tries))

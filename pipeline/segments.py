@@ -74,11 +74,12 @@ def split(table: Any, count: int) -> list[tuple[int, ...]]:
 def build(uri: str, parts: Sequence[tuple[int, ...]], options: Mapping[str, Any], pool: Pool) -> None:
     """Build an index of the column `vector` in one segment per group of fragments, and publish it."""
     table = store.open_table(uri)
+    for index in table.describe_indices():
+        if list(index.field_names) == ["vector"]:
+            table.drop_index(index.name)
     todo = [Segment(number, uri, table.version, part, options) for number, part in enumerate(parts)]
     with pool.team(_Builder) as team:
         built = list(team.map(todo))
-    if any(index.name == NAME for index in table.describe_indices()):
-        table.drop_index(NAME)
     table.commit_existing_index_segments(NAME, "vector", built)
 
 

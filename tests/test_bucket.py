@@ -254,6 +254,16 @@ def test_a_lost_reply_is_not_taken_for_another_job(server):
         assert proxy.counts["lost"] == 4
 
 
+def test_six_lost_replies_in_a_row_do_not_end_a_delete(server):
+    with through(server, "lost-deletes", rates={"lost": 1.0}) as (url, proxy):
+        proxy.only, proxy.left = ("POST", "DELETE"), {"lost": 6}
+        root = located(f"{url}/x")
+        root.write("file", b"mine")
+        root.delete("file")
+        assert proxy.counts["lost"] == 6
+        assert root.read("file") is None
+
+
 def test_one_job_at_a_time_holds_a_bucket(at):
     me = lock.Owner.me()
     first = lock.take(located(f"{at}/x"), me)

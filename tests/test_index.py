@@ -160,6 +160,15 @@ def test_an_index_in_segments_finds_what_exact_search_finds(spec, monkeypatch, p
     assert run(job) == generation
 
 
+def test_segments_take_the_place_of_another_kind(spec, monkeypatch):
+    monkeypatch.setattr(store, "FRAGMENT_ROWS", 50)
+    run(spec(corpus__shard_rows=40, prefixes=with_index("float16", "ivf_flat")))
+    job = spec(corpus__shard_rows=40, prefixes=with_index("float16", "ivf_sq"), index__segments=8)
+    assert run(job)["tables"]["prefix_16_float16"]["index"]["segments"] == 3
+    table = lance.dataset(f"{job.root}/lancedb/prefix_16_float16.lance")
+    assert [one.index_type for one in table.describe_indices() if one.field_names == ["vector"]] == ["IVF_SQ"]
+
+
 def test_segments_that_find_too_little_give_way_to_one(spec, monkeypatch, caplog):
     monkeypatch.setattr(store, "FRAGMENT_ROWS", 50)
     monkeypatch.setattr(segments, "recall", lambda table, probes: 0.94)
