@@ -72,7 +72,7 @@ def build(
         with _timed(seconds, "derive"):
             derived = derive.run(spec.prefixes, parent, fits, TYPES if shares else {}, root, pool)
         with _timed(seconds, "index"):
-            indexed = index.run(spec.index, spec.prefixes, full.rows, root)
+            indexed = index.run(spec.index, spec.prefixes, full.rows, root, pool)
         with _timed(seconds, "publish"):
             _publish(_Run(spec, root, None, pool, ignore), full, fits, derived, indexed, seconds)
     return seconds
