@@ -15,7 +15,7 @@ import polars as pl
 
 from pipeline import lock
 from pipeline.cores import has
-from pipeline.errors import FloorError, PipelineError, SpecError, StaleError
+from pipeline.errors import DataError, FloorError, PipelineError, SpecError, StaleError
 from pipeline.storage import Root, not_writable, read_signed, signed, to_json
 from pipeline.training import bases, data, engine, measure, output
 from pipeline.training.spec import TrainSpec
@@ -36,6 +36,8 @@ def check(spec: TrainSpec) -> Any:
             "pip install 'matryoshka-pipeline[train]'"
         )
     folder = bases.resolve(spec.base)
+    if spec.objective.cached and bases.kind(spec.base, folder) == "static":
+        raise SpecError("objective.cached: a static model needs no parts, its batches take little memory; leave it out")
     if folder.dim is not None:
         check_dims(spec, folder.dim)
     data.check(spec.data, spec.held_out)
@@ -103,6 +105,8 @@ class _Run:
         self._begin(fingerprint)
         self.seconds["data"] = round(time.perf_counter() - start, 3)
         model = bases.build(spec.base, self.folder)
+        if not _is_finite(model):
+            raise DataError(f"base.model: {self.folder.name} holds weights that are no numbers; choose another")
         full_dim = bases.width(model)
         check_dims(spec, full_dim)
         dims = sorted({full_dim, *spec.dims, *([spec.stop.dim] if spec.stop else [])}, reverse=True)
@@ -124,7 +128,15 @@ class _Run:
             "seconds": self.seconds,
         }
         draft = Path(str(self.work.path)) / "model"
-        output.write(model, spec, self.folder, pl.concat([before, after]), engine.curve(history), record, draft)
+        output.write(
+            model,
+            spec,
+            self.folder,
+            pl.concat([before.select(after.columns), after]),
+            engine.curve(history),
+            record,
+            draft,
+        )
         self._judge(probed, draft)
         output.publish(draft, self.target)
         shutil.rmtree(Path(str(self.work.path)) / "checkpoints", ignore_errors=True)
@@ -172,7 +184,7 @@ class _Run:
         checkpoints = Path(str(self.work.path)) / "checkpoints"
         history = engine.run(model, self.spec, self.kind, pairs, checkpoints, watch)
         self.seconds["train"] = round(time.perf_counter() - start, 3)
-        if not all(bool(value.isfinite().all()) for value in model.state_dict().values()):
+        if not _is_finite(model):
             raise PipelineError("training came to weights that are no numbers; lower learning_rate, or set precision")
         return history
 
@@ -190,12 +202,17 @@ class _Run:
             log.warning("probe is unsure whether prefixes hold: %s", verdict["because"])
 
 
+def _is_finite(model: Any) -> bool:
+    return all(bool(value.isfinite().all()) for value in model.state_dict().values())
+
+
 def _refuse_changes(place: Any, standing: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """StaleError with the first field that differs; fields not wanted are not compared."""
     before, now = (_flat(one) for one in (standing, json.loads(to_json(dict(wanted)))))
     known = {field.split(".")[0] for field in now}
     fields = [field for field in {**now, **before} if field.split(".")[0] in known]
     changed = [field for field in fields if before.get(field) != now.get(field)]
+    changed.sort(key=lambda field: field.endswith("digest"))  # says the least
     if changed:
         others = f" (also {', '.join(changed[1:4])})" if changed[1:] else ""
         raise StaleError(
