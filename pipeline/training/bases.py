@@ -39,7 +39,10 @@ def build(settings: Base, folder: models.ModelFolder) -> Any:
     """A SentenceTransformer to be trained, on a GPU where there is one."""
     import torch
     from sentence_transformers import SentenceTransformer
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = SentenceTransformer(folder.path, device=device, local_files_only=True, trust_remote_code=False)
     if kind(settings, folder) == "static" and not is_static(folder):
