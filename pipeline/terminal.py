@@ -293,7 +293,7 @@ def print_training(record: Mapping[str, Any], is_new: bool) -> None:
     )
     out.print(f"  plain prefixes: [bold]{record['probe']['says']}[/], {plain(record['probe']['because'])}")
     k = record["evaluation"][0]["k"]
-    table = Table("dim", f"nDCG@{k}", "interval", "of its full nDCG", "before", box=None, padding=(0, 2))
+    table = Table("dim", f"nDCG@{k}", "interval", "of its full nDCG", "before", "before, PCA", box=None, padding=(0, 2))
     rows = {(row["when"], row["dim"]): row for row in record["evaluation"]}
     for (when, dim), row in rows.items():
         if when == "after":
@@ -303,6 +303,7 @@ def print_training(record: Mapping[str, Any], is_new: bool) -> None:
                 f"{row['ndcg_low']:.4f}-{row['ndcg_high']:.4f}",
                 f"{row['kept']:.1%}",
                 f"{rows['before', dim]['ndcg']:.4f}",
+                f"{rows['pca', dim]['ndcg']:.4f}",
             )
     out.print(table)
     out.print(f"  {data['measured_queries']:,} held-out queries over {data['measured_documents']:,} documents")

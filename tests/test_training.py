@@ -15,6 +15,7 @@ from pipeline.encoders import models
 from pipeline.errors import DataError, FloorError, SpecError, StaleError
 from pipeline.training import data, engine, measure, objectives, run as training
 from pipeline.training.spec import Objective, TrainSpec
+from pipeline.vectors import truncate, unit
 from tests.conftest import save_model
 from tests.training import pairs, quality, toy
 
@@ -37,6 +38,24 @@ def test_what_could_not_be_found_before_is_found_after_at_every_prefix(trained):
     for row in record["evaluation"]:
         assert row["ndcg_low"] <= row["ndcg"] <= row["ndcg_high"]
     assert record["probe"]["says"] == "trained"
+
+
+def test_other_prefixes_are_measured_too_and_pca_of_the_base_beside_them(tmp_path):
+    record, _ = training.run(toy(tmp_path, dims=[], measure={"dims": [8, 16]}))
+    assert [row["dim"] for row in record["evaluation"] if row["when"] == "after"] == [32, 16, 8]
+    before, turned = quality(record, "before"), quality(record, "pca")
+    assert turned[32] == pytest.approx(before[32], abs=0.02)  # a turn, and a shift by the mean
+    assert set(turned) == {32, 16, 8}
+
+
+def test_pca_keeps_what_plain_prefixes_lose():
+    """All differences lie in the last two of eight dimensions."""
+    rng = np.random.default_rng(0)
+    vectors = np.zeros((40, 8), np.float32)
+    vectors[:, 6:] = rng.normal(size=(40, 2))
+    queries, documents = measure.turned(unit(vectors[:5]), unit(vectors))
+    assert np.abs(documents[:, 2:]).max() < 1e-5
+    assert (np.argmax(truncate(queries, 2) @ truncate(documents, 2).T, axis=1) == np.arange(5)).all()
 
 
 def test_the_folder_says_what_it_was_trained_for(trained):

@@ -62,6 +62,15 @@ def per_query(vectors: Matrix, documents: Matrix, judged: Judged, dims: Sequence
     return found
 
 
+def turned(vectors: Matrix, documents: Matrix) -> tuple[Matrix, Matrix]:
+    """Both turned by PCA of the documents: what prefixes of this model are worth without training."""
+    moments = Moments(documents.shape[1])
+    for start in range(0, len(documents), POOL):
+        moments.add(documents[start : start + POOL])
+    transform = pca(moments)[0]
+    return transform.apply(vectors), transform.apply(documents)
+
+
 def table(when: str, found: PerDim, k: int, seed: int) -> pl.DataFrame:
     """A row per dim: means with 95 % intervals, and the share of the full dimension's nDCG that is kept."""
     full = found[max(found)]["ndcg"]

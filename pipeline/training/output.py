@@ -93,7 +93,7 @@ def card(spec: TrainSpec, base: ModelFolder, evaluation: pl.DataFrame, record: M
     name = Path(base.name).name
     measured = [
         f"| {row['dim']} | {row['ndcg']:.4f} ({row['ndcg_low']:.4f} to {row['ndcg_high']:.4f}) | "
-        f"{row['kept']:.1%} | {_before(evaluation, row['dim'])} |"
+        f"{row['kept']:.1%} | {_ndcg(evaluation, 'before', row['dim'])} | {_ndcg(evaluation, 'pca', row['dim'])} |"
         for row in evaluation.filter(pl.col("when") == "after").iter_rows(named=True)
     ]
     cut = min(spec.dims, default=record["full_dim"])
@@ -122,8 +122,8 @@ def card(spec: TrainSpec, base: ModelFolder, evaluation: pl.DataFrame, record: M
         f"nDCG@{spec.measure.k} on {data['measured_queries']:,} held-out queries over "
         f"{data['measured_documents']:,} documents (95 % bootstrap intervals):",
         "",
-        "| dimensions | nDCG | of its full nDCG | before training |",
-        "|---|---|---|---|",
+        "| dimensions | nDCG | of its full nDCG | before training | before, turned by PCA of the documents |",
+        "|---|---|---|---|---|",
         *measured,
         "",
         f"Trained on {data['pairs']:,} pairs (sha256 {data['digest']}) in {record['steps']:,} steps; objective "
@@ -135,6 +135,6 @@ def card(spec: TrainSpec, base: ModelFolder, evaluation: pl.DataFrame, record: M
     return "\n".join(lines)
 
 
-def _before(evaluation: pl.DataFrame, dim: int) -> str:
-    found = evaluation.filter((pl.col("when") == "before") & (pl.col("dim") == dim))["ndcg"]
+def _ndcg(evaluation: pl.DataFrame, when: str, dim: int) -> str:
+    found = evaluation.filter((pl.col("when") == when) & (pl.col("dim") == dim))["ndcg"]
     return f"{found[0]:.4f}" if len(found) else "-"

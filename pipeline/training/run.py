@@ -48,6 +48,10 @@ def check_dims(spec: TrainSpec, full_dim: int) -> None:
     """SpecError where the dims do not fit a model of that dimension."""
     if spec.dims and max(spec.dims) != full_dim:
         raise SpecError(f"dims: {spec.base.model} has {full_dim} dimensions, and {max(spec.dims)} is the largest here")
+    if max(spec.measure.dims, default=1) > full_dim:
+        raise SpecError(
+            f"measure.dims: {spec.base.model} has {full_dim} dimensions, {max(spec.measure.dims)} was asked"
+        )
     if spec.stop is not None and spec.stop.dim > full_dim:
         raise SpecError(f"stop.dim: {spec.base.model} has {full_dim} dimensions, {spec.stop.dim} was asked for")
 
@@ -109,7 +113,8 @@ class _Run:
             raise DataError(f"base.model: {self.folder.name} holds weights that are no numbers; choose another")
         full_dim = bases.width(model)
         check_dims(spec, full_dim)
-        dims = sorted({full_dim, *spec.dims, *([spec.stop.dim] if spec.stop else [])}, reverse=True)
+        stop = [spec.stop.dim] if spec.stop else []
+        dims = sorted({full_dim, *spec.dims, *spec.measure.dims, *stop}, reverse=True)
         before, _ = self._measured("before", model, measured, dims)
         history = self._train(model, prepared.pairs, watched, dims)
         after, vectors = self._measured("after", model, measured, dims)
@@ -164,12 +169,16 @@ class _Run:
             return pl.DataFrame(kept["rows"]), (None, None)
         start = time.perf_counter()
         vectors = measure.encode(model, measured, self.kind)
-        table = measure.table(
-            when, measure.per_query(*vectors, measured, dims, spec.measure.k), spec.measure.k, spec.seed
+        ways = {when: vectors}
+        if when == "before":
+            ways["pca"] = measure.turned(*vectors)
+        k = spec.measure.k
+        table = pl.concat(
+            measure.table(way, measure.per_query(*one, measured, dims, k), k, spec.seed) for way, one in ways.items()
         )
         self.seconds[when] = round(time.perf_counter() - start, 3)
         for row in table.iter_rows(named=True):
-            log.info("measured when=%s dim=%d ndcg=%.4f kept=%.4f", when, row["dim"], row["ndcg"], row["kept"])
+            log.info("measured when=%s dim=%d ndcg=%.4f kept=%.4f", row["when"], row["dim"], row["ndcg"], row["kept"])
         if when == "before":
             self.work.write(name, to_json(signed({"rows": table.to_dicts()})))
         return table, vectors

@@ -92,6 +92,7 @@ class Measure(Section):
     """How held-out quality is measured."""
 
     k: int = Field(10, ge=1)
+    dims: tuple[Dim, ...] = Field((), description="prefixes that are measured beside those that are trained")
     documents: int | None = Field(
         None, ge=1, description="documents searched, those that are relevant always among them; null: all"
     )
