@@ -14,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: embed submit test setup lint schemas faults bench-search bench-embed bench-scale clean help
+.PHONY: embed train submit test setup lint schemas faults bench-search bench-embed bench-scale clean help
 
 help:            ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /	/'
@@ -24,6 +24,10 @@ embed: $(READY)  ## run a job: make embed JOB=jobs/demo.yaml
 
 submit: $(READY) ## send a job to a Ray cluster: make submit JOB=jobs/squad.yaml ARGS="--address http://HEAD:8265"
 	$(BIN)/matryoshka submit $(JOB) $(ARGS)
+
+train: JOB = jobs/train-demo.yaml
+train: $(READY)  ## train a Matryoshka model: make train JOB=jobs/train-demo.yaml
+	$(BIN)/matryoshka train $(JOB)
 
 test: $(READY)   ## run the tests
 	$(BIN)/python -m pytest
@@ -35,8 +39,9 @@ lint: $(READY)   ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-schemas: $(READY) ## write schemas/job.schema.json from the models
+schemas: $(READY) ## write schemas/*.schema.json from the models
 	$(BIN)/matryoshka schema > schemas/job.schema.json
+	$(BIN)/matryoshka schema --train > schemas/train.schema.json
 
 faults: $(READY) ## kills, lost power, full disks, races, damage: make faults SEED=0 MINUTES=60
 	$(BIN)/python -m tests.faults --seed $(SEED) --minutes $(MINUTES)

@@ -10,15 +10,15 @@ from typing import Annotated, Any, NoReturn
 import polars as pl
 import typer
 
-from pipeline import corpus, embed, ledger, lock, plan, querylog, stopping, submit, verify
+from pipeline import corpus, ledger, lock, plan, querylog, standing, stopping, submit, verify
 from pipeline.bucket import is_of_a_store, located
 from pipeline.cascade import Level
-from pipeline.errors import DamageError, PipelineError, SpecError, StaleError
+from pipeline.errors import DamageError, PipelineError, SpecError
 from pipeline.run import Stage, check, run as run_job
 from pipeline.search import Index, open_index
 from pipeline.sentences import masked
 from pipeline.spec import JobSpec
-from pipeline.storage import STATE, Root
+from pipeline.storage import Root
 from pipeline.terminal import (
     configure_logging,
     err,
@@ -34,8 +34,11 @@ from pipeline.terminal import (
     print_plan,
     print_steps,
     print_summary,
+    print_training,
     watched,
 )
+from pipeline.training import run as training
+from pipeline.training.spec import TrainSpec
 
 log = logging.getLogger(__name__)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -191,32 +194,12 @@ def plan_command(
 def status(job: JobOrRoot, sets: Sets = None, as_json: AsJson = False) -> None:
     """Tell what is done, what is left and what was quarantined, from storage alone."""
     root, _ = _root_and_spec(job, sets)
-    facts = _status(root)
+    facts = standing.run(root)
     if as_json:
         print_json(facts)
         return
     for name, value in facts.items():
         out.print(f"{name:12} {plain(str(value))}")
-
-
-def _status(root: Root) -> dict[str, Any]:
-    begun, generation = ledger.begun(root), ledger.newest_generation(root)
-    if begun is None and generation is None and not root.names(STATE):
-        raise StaleError(f"{root.path} holds no job; run one first")
-    facts: dict[str, Any] = {"root": str(root.path), "begun": begun is not None}
-    if begun is not None:
-        stand = embed.standing(root, begun)
-        facts |= {
-            "rows": begun["corpus.rows"],
-            "shards": {"done": stand.done, "left": stand.shards - stand.done},
-            "embedded": stand.rows,
-            "quarantined": dict(sorted(stand.quarantined.items())),
-            "embed": "done" if stand.is_sealed else "unfinished",
-        }
-    facts["generation"] = None if generation is None else generation["generation"]
-    if generation is not None:
-        facts["tables"] = {name: entry["rows"] for name, entry in generation["tables"].items()}
-    return facts
 
 
 @app.command("verify")
@@ -356,15 +339,28 @@ def report_command(job: JobOrRoot, sets: Sets = None, as_json: AsJson = False) -
         out.print(f"{plain(str(path))}: {size / 1e6:.1f} MB, opens in any browser without a network")
 
 
+@app.command("train")
+def train_command(
+    job: Annotated[str, typer.Argument(help="path to a training spec")], sets: Sets = None, as_json: AsJson = False
+) -> None:
+    """Train a Matryoshka model; what is done is gone on with."""
+    configure_logging(None)
+    record, is_new = training.run(TrainSpec.load(job, sets or ()))
+    if as_json:
+        print_json(record)
+    else:
+        print_training(record, is_new)
+
+
 @app.command()
-def schema() -> None:
+def schema(train: Annotated[bool, typer.Option("--train", help="of a training instead")] = False) -> None:
     """Print the JSON Schema of a job."""
-    sys.stdout.write(schema_text())
+    sys.stdout.write(schema_text(TrainSpec if train else JobSpec))
 
 
-def schema_text() -> str:
-    """The JSON Schema of a job, as it is kept in schemas/job.schema.json."""
-    return json.dumps(JobSpec.model_json_schema(), indent=2, sort_keys=True) + "\n"
+def schema_text(spec: type[JobSpec] | type[TrainSpec] = JobSpec) -> str:
+    """The JSON Schema of a spec, as it is kept in schemas/."""
+    return json.dumps(spec.model_json_schema(), indent=2, sort_keys=True) + "\n"
 
 
 def _root_and_spec(job: str, sets: list[str] | None) -> tuple[Root, JobSpec | None]:

@@ -4,51 +4,27 @@ A field's default stands here and nowhere else. `schemas/job.schema.json` is gen
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Literal, Self
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
     Tag,
-    ValidationError,
     model_validator,
 )
 
-from pipeline.errors import SpecError
 from pipeline.nested import check_blocks, check_cascade
-from pipeline.sentences import explain, secret
-from pipeline.values import parse, put, size
+from pipeline.section import Auto, Loaded, Names, Section, Word
+from pipeline.values import size
 from pipeline.vectors import Precision, bytes_per_row, vector_columns
 
-Auto = Literal["auto"]
 Stop = Literal["fixed", "margin", "predictor"]
 Engine = Literal["auto", "lance", "resident"]
 IndexKind = Literal["auto", "none", "ivf_flat", "ivf_sq", "ivf_rq", "hnsw_sq"]
-MAX_SPEC_BYTES = 2**20
-"""Bytes of a spec."""
 RESERVED_COLUMNS = ("row", "id", "text", "text_digest", "vector", "score", "rank", "query", "fused")
-
-
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-Word = Annotated[str, Field(min_length=1)]
-Names = Annotated[
-    tuple[Word, ...],
-    BeforeValidator(_listed, json_schema_input_type=str | tuple[str, ...]),
-]
-
-
-class Section(BaseModel):
-    """A part of a spec: frozen, unknown fields refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Corpus(Section):
@@ -323,7 +299,7 @@ class Workers(Section):
     address: Word | None = Field(None, description="a Ray cluster; null: started here")
 
 
-class JobSpec(Section):
+class JobSpec(Loaded):
     """A whole job."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="letters, digits, . _ -")
@@ -364,36 +340,3 @@ class JobSpec(Section):
     def smallest(self) -> Prefix:
         """The table whose scan reads the fewest bytes per row: the default cascade."""
         return min(self.prefixes, key=lambda prefix: (prefix.scanned_bytes, prefix.table))
-
-    @classmethod
-    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
-        """Read a YAML file, apply `path.to.field=value` overrides, check everything.
-
-        Raises SpecError, which names the file, the field, what was given and what is allowed.
-        """
-        path = Path(path)
-        try:
-            with path.open("rb") as file:
-                data = file.read(MAX_SPEC_BYTES + 1)
-            text = data.decode("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not UTF-8 text"
-            raise SpecError(f"cannot read the job spec {path}: {reason}") from None
-        if len(data) > MAX_SPEC_BYTES:
-            raise SpecError(f"cannot read the job spec {path}: it is larger than {MAX_SPEC_BYTES:,} bytes")
-        values = parse(text, str(path))
-        if not isinstance(values, dict):
-            raise SpecError(f"{path}: a job spec is a mapping that begins with `name:`, not {type(values).__name__}")
-        for override in overrides:
-            put(values, override)
-        return cls.of(values, str(path))
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any], origin: str = "spec") -> Self:
-        """Check plain values; SpecError begins with `origin`."""
-        if (url := secret(values)) is not None:
-            raise SpecError(f"{origin}: {url}: keep credentials out of the spec; set them in the environment")
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            raise SpecError(f"{origin}: {explain(cls, error)}") from None

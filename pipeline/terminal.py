@@ -280,3 +280,30 @@ def print_summary(name: str, root: str, generation: Mapping[str, Any]) -> None:
             index.get("kind", "-"),
         )
     out.print(table)
+
+
+def print_training(record: Mapping[str, Any], is_new: bool) -> None:
+    """What a trained model does at each prefix, before and after."""
+    if not is_new:
+        out.print(f"Nothing left to do: {plain(record['output'])} is that model.")
+    data = record["fingerprint"]["content"]
+    out.print(
+        f"\n[bold]{plain(record['name'])}[/], {record['kind']}, {record['full_dim']} dimensions, "
+        f"{data['pairs']:,} pairs, {record['steps']:,} steps, in {plain(record['output'])}"
+    )
+    out.print(f"  plain prefixes: [bold]{record['probe']['says']}[/], {plain(record['probe']['because'])}")
+    k = record["evaluation"][0]["k"]
+    table = Table("dim", f"nDCG@{k}", "interval", "of its full nDCG", "before", "before, PCA", box=None, padding=(0, 2))
+    rows = {(row["when"], row["dim"]): row for row in record["evaluation"]}
+    for (when, dim), row in rows.items():
+        if when == "after":
+            table.add_row(
+                f"  {dim}",
+                f"{row['ndcg']:.4f}",
+                f"{row['ndcg_low']:.4f}-{row['ndcg_high']:.4f}",
+                f"{row['kept']:.1%}",
+                f"{rows['before', dim]['ndcg']:.4f}",
+                f"{rows['pca', dim]['ndcg']:.4f}",
+            )
+    out.print(table)
+    out.print(f"  {data['measured_queries']:,} held-out queries over {data['measured_documents']:,} documents")

@@ -22,7 +22,8 @@ from pipeline.encoders import models
 from pipeline.encoders.batches import encode_rows
 from pipeline.encoders.sentence import SentenceEncoder
 from pipeline.errors import DataError, SpecError
-from pipeline.spec import MAX_SPEC_BYTES, Corpus, JobSpec
+from pipeline.section import MAX_SPEC_BYTES
+from pipeline.spec import Corpus, JobSpec
 from tests.conftest import WORDS, texts
 from tests.faults import mutants
 

@@ -19,7 +19,9 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line.partition("#")[0].strip() for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
-DEMO = [command for command in COMMANDS if command == "make embed" or command.startswith(".venv/bin/matryoshka")]
+TRAIN = [command for command in COMMANDS if command == "make train" or "demo-static" in command]
+OURS = [command for command in COMMANDS if command == "make embed" or command.startswith(".venv/bin/matryoshka")]
+DEMO = [command for command in OURS if command not in TRAIN]
 NEEDED = ("statistics", "smtplib", "posixpath", "datetime", "subprocess", "csv")
 PROGRAMS = [text for kind, text in BLOCKS if kind == "python"]
 
@@ -40,7 +42,10 @@ def checkout(tmp_path_factory):
     pl.DataFrame(some).write_parquet(folder / "docstrings.parquet")
     demo, source = folder / "jobs" / "demo.yaml", "source: docstrings:stdlib\n"
     assert source in demo.read_text()
-    demo.write_text(demo.read_text().replace(source, "source: docstrings.parquet\n") + "evaluate: {shortlists: []}\n")
+    for path in (demo, folder / "jobs" / "demo-static.yaml"):
+        path.write_text(
+            path.read_text().replace(source, "source: docstrings.parquet\n") + "evaluate: {shortlists: []}\n"
+        )
     return folder
 
 
@@ -88,8 +93,19 @@ def test_the_demo_and_the_commands_after_it(checkout):
     assert "prefix_32_int8" in shown[next(one for one in DEMO if "prefixes.3=" in one)]
 
 
+@pytest.mark.timeout(600)  # a real training, a real run
+def test_a_model_is_trained_and_searched_with(checkout):
+    assert len(TRAIN) == 3
+    trained, ran_with, found = ran(TRAIN, checkout).values()
+    assert "plain prefixes: trained" in trained
+    assert "transform: none" in ran_with
+    assert ".split " in found
+    again = call("make train", checkout)
+    assert (again.returncode, "Nothing left to do" in again.stdout) == (0, True)
+
+
 def test_the_other_targets(checkout):
-    assert set(COMMANDS) - set(DEMO) == {"make test", "make lint", "make schemas", "make clean"}
+    assert set(COMMANDS) - set(DEMO) - set(TRAIN) == {"make test", "make lint", "make schemas", "make clean"}
     before = (checkout / "schemas" / "job.schema.json").read_text()
     assert call("make schemas", checkout).returncode == 0
     assert (checkout / "schemas" / "job.schema.json").read_text() == before

@@ -10,9 +10,11 @@ import yaml
 from pipeline.cli import schema_text
 from pipeline.errors import SpecError
 from pipeline.spec import JobSpec
+from pipeline.training.spec import TrainSpec
 
 ROOT = Path(__file__).parent.parent
-JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
+TRAININGS = sorted((ROOT / "jobs").glob("train-*.yaml"))
+JOBS = sorted(set((ROOT / "jobs").glob("*.yaml")) - set(TRAININGS))
 
 
 def test_the_schema_file_is_in_step():
@@ -23,6 +25,16 @@ def test_the_schema_file_is_in_step():
 def test_every_job_is_valid_by_models_and_by_schema(path):
     assert JobSpec.load(path).name
     jsonschema.validate(yaml.safe_load(path.read_text()), json.loads(schema_text()))
+
+
+def test_the_schema_file_of_trainings_is_in_step():
+    assert (ROOT / "schemas" / "train.schema.json").read_text() == schema_text(TrainSpec), "run `make schemas`"
+
+
+@pytest.mark.parametrize("path", TRAININGS, ids=lambda path: path.name)
+def test_every_training_is_valid_by_models_and_by_schema(path):
+    assert TrainSpec.load(path).name
+    jsonschema.validate(yaml.safe_load(path.read_text()), json.loads(schema_text(TrainSpec)))
 
 
 def test_five_fields_are_enough():

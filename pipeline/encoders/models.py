@@ -171,6 +171,11 @@ def _check_loadable(name: str, path: Path) -> None:
         raise SpecError(f"model.name: {name} has no tokenizer (such as tokenizer.json); fetch all of its files")
 
 
+def module_kinds(folder: ModelFolder) -> list[str]:
+    """Class names of its modules, such as `Transformer`, `Pooling`; none where there is no modules.json."""
+    return [str(module.get("type")).rpartition(".")[2] for module in _modules(Path(folder.path))]
+
+
 def _modules(path: Path) -> list[dict[str, Any]]:
     modules: list[dict[str, Any]] = _json(path / "modules.json", list)
     if not all(isinstance(module, dict) for module in modules):

@@ -1,0 +1,166 @@
+"""The training loop of sentence-transformers: steps, checkpoints, going on from the last whole one, early stopping."""
+
+import json
+import logging
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from pipeline.training import objectives
+from pipeline.training.spec import TrainSpec
+
+log = logging.getLogger(__name__)
+
+RATES = {"static": 0.02, "transformer": 2e-5}
+"""Learning rates."""
+WARMUP = 0.1
+"""Share of all steps in which the learning rate rises."""
+CHECKPOINTS = 10
+"""In a whole training, where the spec does not say."""
+TOLD = 50
+"""How often the loss is told in a whole training."""
+STATE = "trainer_state.json"
+"""Written last into a checkpoint."""
+OnCheckpoint = Callable[[Any], Mapping[str, float]]
+"""Gives the watched metrics of a model, by name."""
+
+
+def steps(spec: TrainSpec, pairs: int) -> int:
+    """Optimiser steps of the whole training."""
+    return max(1, math.ceil(spec.epochs * max(1, pairs // spec.batch_size)))
+
+
+def run(
+    model: Any, spec: TrainSpec, kind: str, pairs: pl.DataFrame, folder: Path, watch: OnCheckpoint
+) -> list[dict[str, Any]]:
+    """Train `model` in place, from the newest checkpoint in `folder` where there is one; what was told on the way."""
+    from datasets import Dataset
+    from transformers import EarlyStoppingCallback, PrinterCallback
+
+    loss, told = objectives.build(model, spec)
+    trainer = _trainer_class()(
+        model=model,
+        args=_arguments(model, spec, kind, len(pairs), folder),
+        train_dataset=Dataset(pairs.to_arrow()),
+        loss=loss,
+        evaluator=_evaluator(watch),
+        callbacks=[_reporter(told)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if spec.stop is not None:
+        trainer.add_callback(EarlyStoppingCallback(spec.stop.patience))
+    last = newest(folder)
+    if last is not None:
+        log.info("train going on from %s", last.name)
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    return list(trainer.state.log_history)
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest whole checkpoint; what a killed process left half written is removed."""
+    found: list[tuple[int, Path]] = []
+    for path in folder.glob("checkpoint-*"):
+        try:
+            found.append((int(json.loads((path / STATE).read_bytes())["global_step"]), path))
+        except (OSError, ValueError, KeyError):
+            log.warning("train leaving %s out: it is not whole", path.name)
+            shutil.rmtree(path)
+    return max(found)[1] if found else None
+
+
+def _arguments(model: Any, spec: TrainSpec, kind: str, pairs: int, folder: Path) -> Any:
+    from sentence_transformers import SentenceTransformerTrainingArguments
+    from sentence_transformers.base.sampler import BatchSamplers
+
+    count = steps(spec, pairs)
+    every = max(1, math.ceil(count / CHECKPOINTS)) if spec.checkpoint_steps == "auto" else spec.checkpoint_steps
+    on_gpu = model.device.type == "cuda"
+    asked, found = (model.prompts.get(name) for name in ("query", "document"))
+    prompts = {name: text for name, text in (("anchor", asked), ("positive", found), ("negative", found)) if text}
+    best: dict[str, Any] = {}
+    if spec.stop is not None:
+        best = {"metric_for_best_model": f"eval_ndcg_{spec.stop.dim}", "load_best_model_at_end": True}
+    return SentenceTransformerTrainingArguments(
+        output_dir=str(folder),
+        max_steps=count,
+        per_device_train_batch_size=min(spec.batch_size, pairs),
+        learning_rate=RATES[kind] if spec.learning_rate == "auto" else spec.learning_rate,
+        warmup_steps=math.ceil(WARMUP * count),
+        bf16=spec.precision == "bfloat16",
+        fp16=spec.precision == "float16",
+        use_cpu=not on_gpu,
+        seed=spec.seed,
+        data_seed=spec.seed,
+        batch_sampler=BatchSamplers.NO_DUPLICATES,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=on_gpu,
+        prompts=prompts or None,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        greater_is_better=True,
+        restore_callback_states_from_checkpoint=True,
+        logging_steps=max(1, count // TOLD),
+        disable_tqdm=True,
+        report_to="none",
+        **best,
+    )
+
+
+def _trainer_class() -> type[Any]:
+    from sentence_transformers import SentenceTransformerTrainer
+
+    class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
+        """Writes no model cards: ours is written once, at the end."""
+
+        def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+            self.model._create_model_card = lambda *given, **named: None
+
+    return Trainer
+
+
+def _evaluator(watch: OnCheckpoint) -> Any:
+    from sentence_transformers.base.evaluation import BaseEvaluator
+
+    class Watched(BaseEvaluator):  # type: ignore[misc]
+        """Held-out nDCG at each prefix."""
+
+        def __call__(self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1) -> Any:
+            return dict(watch(model))
+
+    return Watched()
+
+
+def _reporter(told: objectives.DimLosses | None) -> Any:
+    from transformers import TrainerCallback
+
+    class Reporter(TrainerCallback):  # type: ignore[misc]
+        """Puts the loss of each dim beside the loss, where checkpoints keep it, and tells both."""
+
+        def on_log(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+            entry = state.log_history[-1]
+            if "loss" in entry and told is not None:
+                entry.update(told.taken())
+            shown = [name for name in entry if name == "loss" or name.startswith("eval_ndcg")]
+            if shown:
+                figures = " ".join(f"{name.removeprefix('eval_')}={entry[name]:.4f}" for name in shown)
+                log.info("train step=%d of %d %s", state.global_step, state.max_steps, figures)
+
+    return Reporter()
+
+
+def curve(history: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
+    """`step, name, value`: losses and watched metrics over the steps."""
+    rows = [
+        {"step": int(entry["step"]), "name": name.removeprefix("eval_"), "value": float(value)}
+        for entry in history
+        for name, value in entry.items()
+        if name == "learning_rate" or name.startswith(("loss", "eval_ndcg"))
+    ]
+    return pl.DataFrame(rows, {"step": pl.Int64, "name": pl.String, "value": pl.Float64})

@@ -1,0 +1,237 @@
+"""The list of steps is the training: check, read and hold out, measure before, train, measure after, probe, publish.
+
+What a killed run finished is found again in `<output>.work`; a finished output is left as it is.
+"""
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from pipeline import lock
+from pipeline.cores import has
+from pipeline.errors import DataError, FloorError, PipelineError, SpecError, StaleError
+from pipeline.storage import Root, not_writable, read_signed, signed, to_json
+from pipeline.training import bases, data, engine, measure, output
+from pipeline.training.spec import TrainSpec
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+BEGUN, BEFORE, AFTER = "training.json", "before.json", "after"
+NEEDED = ("accelerate", "datasets")
+
+
+def check(spec: TrainSpec) -> Any:
+    """Everything that can be seen to be wrong without reading rows or starting a model; the base's files."""
+    missing = [name for name in NEEDED if not has(name)]
+    if missing:
+        raise SpecError(
+            f"training needs {' and '.join(missing)}, which come with the extra [train]; "
+            "pip install 'matryoshka-pipeline[train]'"
+        )
+    folder = bases.resolve(spec.base)
+    if spec.objective.cached and bases.kind(spec.base, folder) == "static":
+        raise SpecError("objective.cached: a static model needs no parts, its batches take little memory; leave it out")
+    if folder.dim is not None:
+        check_dims(spec, folder.dim)
+    data.check(spec.data, spec.held_out)
+    return folder
+
+
+def check_dims(spec: TrainSpec, full_dim: int) -> None:
+    """SpecError where the dims do not fit a model of that dimension."""
+    if spec.dims and max(spec.dims) != full_dim:
+        raise SpecError(f"dims: {spec.base.model} has {full_dim} dimensions, and {max(spec.dims)} is the largest here")
+    if max(spec.measure.dims, default=1) > full_dim:
+        raise SpecError(
+            f"measure.dims: {spec.base.model} has {full_dim} dimensions, {max(spec.measure.dims)} was asked"
+        )
+    if spec.stop is not None and spec.stop.dim > full_dim:
+        raise SpecError(f"stop.dim: {spec.base.model} has {full_dim} dimensions, {spec.stop.dim} was asked for")
+
+
+def run(spec: TrainSpec) -> tuple[dict[str, Any], bool]:
+    """Train, or go on, or do nothing where it is done: the record of the output, and whether it is new.
+
+    Raises SpecError, DataError, StaleError for an output of another training, LockedError, FloorError where the probe
+    says that prefixes were not trained.
+    """
+    target = Path(spec.output).expanduser().absolute()
+    finished = output.read(target)
+    if finished is None and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise StaleError(f"output: {target} exists and is no training of this project; choose another folder")
+    folder = check(spec)
+    work = Root(target.with_name(target.name + ".work"))
+    if finished is not None:
+        _refuse_changes(target, finished["fingerprint"], _asked(spec, folder))
+    try:
+        work.disk.make_folder(work.path)
+    except OSError as error:
+        raise not_writable(work, error) from None
+    with lock.lock(work) as held:
+        return _Run(spec, folder, held, target).go()
+
+
+def _asked(spec: TrainSpec, folder: Any) -> dict[str, Any]:
+    """The fingerprint but for the data's: what must be equal for a training to go on."""
+    settings = spec.model_dump(mode="json", exclude={"name", "output"})
+    return {"format": FORMAT, "base_digest": folder.digest, **settings}
+
+
+class _Run:
+    """One training in its work folder."""
+
+    def __init__(self, spec: TrainSpec, folder: Any, work: Root, target: Path) -> None:
+        self.spec, self.folder, self.work, self.target = spec, folder, work, target
+        self.kind = bases.kind(spec.base, folder)
+        self.seconds: dict[str, float] = {}
+
+    def go(self) -> tuple[dict[str, Any], bool]:
+        """All steps, those that are done left out."""
+        spec = self.spec
+        start = time.perf_counter()
+        prepared = data.prepare(spec)
+        watched, measured = measure.split(prepared.held_out, self.kind, spec.seed)
+        measured = measured.among(spec.measure.documents, spec.seed)
+        counts = {"measured_queries": len(measured.queries), "measured_documents": len(measured.documents)}
+        fingerprint = {**_asked(spec, self.folder), "content": {**prepared.fingerprint, **counts}}
+        finished = output.read(self.target)
+        if finished is not None:
+            _refuse_changes(self.target, finished["fingerprint"], fingerprint)
+            shutil.rmtree(Path(str(self.work.path)) / "checkpoints", ignore_errors=True)
+            return finished, False
+        self._begin(fingerprint)
+        self.seconds["data"] = round(time.perf_counter() - start, 3)
+        model = bases.build(spec.base, self.folder)
+        if not _is_finite(model):
+            raise DataError(f"base.model: {self.folder.name} holds weights that are no numbers; choose another")
+        full_dim = bases.width(model)
+        check_dims(spec, full_dim)
+        stop = [spec.stop.dim] if spec.stop else []
+        dims = sorted({full_dim, *spec.dims, *spec.measure.dims, *stop}, reverse=True)
+        before, _ = self._measured("before", model, measured, dims)
+        history = self._train(model, prepared.pairs, watched, dims)
+        after, vectors = self._measured("after", model, measured, dims)
+        probed = measure.verdict(*vectors, spec.dims, spec.seed).figures()
+        record = {
+            "format": FORMAT,
+            "name": spec.name,
+            "kind": self.kind,
+            "full_dim": full_dim,
+            "dims": list(spec.dims),
+            "base": {"name": self.folder.name, "revision": self.folder.revision, "digest": self.folder.digest},
+            "spec": spec.model_dump(mode="json"),
+            "fingerprint": fingerprint,
+            "steps": max((int(entry["step"]) for entry in history), default=0),
+            "probe": probed,
+            "seconds": self.seconds,
+        }
+        draft = Path(str(self.work.path)) / "model"
+        output.write(
+            model,
+            spec,
+            self.folder,
+            pl.concat([before.select(after.columns), after]),
+            engine.curve(history),
+            record,
+            draft,
+        )
+        self._judge(probed, draft)
+        output.publish(draft, self.target)
+        shutil.rmtree(Path(str(self.work.path)) / "checkpoints", ignore_errors=True)
+        log.info("train done output=%s seconds=%.1f", self.target, time.perf_counter() - start)
+        found = output.read(self.target)
+        assert found is not None
+        return found, True
+
+    def _begin(self, fingerprint: dict[str, Any]) -> None:
+        """Begin the work folder, or go on with it; StaleError where it was begun otherwise."""
+        wanted = json.loads(to_json(fingerprint))
+        standing = read_signed(self.work, BEGUN)
+        if standing is None:
+            self.work.create(BEGUN, to_json(signed({"fingerprint": wanted})))
+        else:
+            _refuse_changes(self.work.path, standing["fingerprint"], wanted)
+
+    def _measured(
+        self, when: str, model: Any, measured: data.Judged, dims: list[int]
+    ) -> tuple[pl.DataFrame, tuple[Any, Any]]:
+        """The evaluation's rows, and the vectors of queries and documents (none where it was kept)."""
+        spec, name = self.spec, f"{when}.json"
+        kept = read_signed(self.work, name) if when == "before" else None
+        if kept is not None:
+            return pl.DataFrame(kept["rows"]), (None, None)
+        start = time.perf_counter()
+        vectors = measure.encode(model, measured, self.kind)
+        ways = {when: vectors}
+        if when == "before":
+            ways["pca"] = measure.turned(*vectors)
+        k = spec.measure.k
+        table = pl.concat(
+            measure.table(way, measure.per_query(*one, measured, dims, k), k, spec.seed) for way, one in ways.items()
+        )
+        self.seconds[when] = round(time.perf_counter() - start, 3)
+        for row in table.iter_rows(named=True):
+            log.info("measured when=%s dim=%d ndcg=%.4f kept=%.4f", row["when"], row["dim"], row["ndcg"], row["kept"])
+        if when == "before":
+            self.work.write(name, to_json(signed({"rows": table.to_dicts()})))
+        return table, vectors
+
+    def _train(self, model: Any, pairs: pl.DataFrame, watched: data.Judged, dims: list[int]) -> list[dict[str, Any]]:
+        def watch(model: Any) -> dict[str, float]:
+            vectors = measure.encode(model, watched, self.kind)
+            found = measure.per_query(*vectors, watched, dims, self.spec.measure.k)
+            return {f"ndcg_{dim}": float(values["ndcg"].mean()) for dim, values in found.items()}
+
+        start = time.perf_counter()
+        checkpoints = Path(str(self.work.path)) / "checkpoints"
+        history = engine.run(model, self.spec, self.kind, pairs, checkpoints, watch)
+        self.seconds["train"] = round(time.perf_counter() - start, 3)
+        if not _is_finite(model):
+            raise PipelineError("training came to weights that are no numbers; lower learning_rate, or set precision")
+        return history
+
+    def _judge(self, verdict: Mapping[str, Any], draft: Path) -> None:
+        """FloorError where the prefixes that were asked for are not there; the model stays in the work folder."""
+        log.info("probe says=%s because=%s", str(verdict["says"]).replace(" ", "_"), verdict["because"])
+        if not self.spec.dims:
+            return
+        if verdict["says"] == "not trained":
+            raise FloorError(
+                f"the trained model's prefixes do not hold: {verdict['because']}; train longer, give more pairs or "
+                f"weigh short dims more (the model is in {draft})"
+            )
+        if verdict["says"] == "unsure":
+            log.warning("probe is unsure whether prefixes hold: %s", verdict["because"])
+
+
+def _is_finite(model: Any) -> bool:
+    return all(bool(value.isfinite().all()) for value in model.state_dict().values())
+
+
+def _refuse_changes(place: Any, standing: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """StaleError with the first field that differs; fields not wanted are not compared."""
+    before, now = (_flat(one) for one in (standing, json.loads(to_json(dict(wanted)))))
+    known = {field.split(".")[0] for field in now}
+    fields = [field for field in {**now, **before} if field.split(".")[0] in known]
+    changed = [field for field in fields if before.get(field) != now.get(field)]
+    changed.sort(key=lambda field: field.endswith("digest"))  # says the least
+    if changed:
+        others = f" (also {', '.join(changed[1:4])})" if changed[1:] else ""
+        raise StaleError(
+            f"{place} was begun with another {changed[0]}: {before.get(changed[0])!r} then, {now.get(changed[0])!r} "
+            f"now{others}; set it back, or choose another output"
+        )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found

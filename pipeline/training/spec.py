@@ -1,0 +1,137 @@
+"""The spec of a training: YAML in, frozen models out. `schemas/train.schema.json` is generated from them."""
+
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+
+from pipeline.section import Auto, Loaded, Names, Section, Word
+from pipeline.sources import STDLIB
+
+Dim = Annotated[int, Field(ge=1)]
+Weights = Literal["uniform", "geometric", "short"]
+
+
+class Base(Section):
+    """The model that training begins with."""
+
+    model: Word = Field(description="a local folder, the packaged offline model, or a hub id")
+    revision: Word | None = Field(None, description="required for a hub id: a commit, so that it cannot move")
+    kind: Literal["auto", "transformer", "static"] = Field(
+        "auto", description="auto: what the model is; static: one vector per token, taken from a transformer"
+    )
+    max_tokens: int | None = Field(None, ge=1, description="of a transformer's texts; null: the model's own limit")
+
+
+class Data(Section):
+    """Pairs or triplets by column, docstrings, or a corpus with queries and their judgements."""
+
+    source: Names = Field((), description="files of pairs, as in corpus.source of a job; or docstrings:stdlib")
+    anchor: Word | None = Field(None, description="column of the query's side")
+    positive: Word | None = Field(None, description="column of the text that it should find")
+    negative: Word | None = Field(None, description="column of a text that it should not find")
+    corpus: Names = Field((), description="files with _id, text and maybe title")
+    queries: Word | None = Field(None, description="_id, text")
+    qrels: Word | None = Field(None, description="query_id, corpus_id, score; a score above 0 makes a pair")
+
+    @model_validator(mode="after")
+    def _is_one_form(self) -> Self:
+        pairs = bool(self.anchor and self.positive)
+        judged = (bool(self.corpus), bool(self.queries), bool(self.qrels))
+        if self.source and any(judged):
+            raise ValueError("give source (pairs), or corpus, queries and qrels, not both")
+        if self.source == (STDLIB,):
+            if self.anchor or self.positive or self.negative:
+                raise ValueError(f"{STDLIB} makes its own pairs; leave anchor, positive and negative out")
+        elif self.source and not pairs:
+            raise ValueError("source needs anchor and positive, the names of its columns")
+        elif not self.source and not all(judged):
+            raise ValueError(f"give source with anchor and positive, or {STDLIB}, or all of corpus, queries and qrels")
+        elif not self.source and (self.anchor or self.positive or self.negative):
+            raise ValueError("anchor, positive and negative are columns of source; judgements make pairs of their own")
+        return self
+
+
+class HeldOutFiles(Section):
+    """Queries and judgements that training never sees."""
+
+    queries: Word = Field(description="_id, text")
+    qrels: Word = Field(description="query_id, corpus_id, score")
+    corpus: Names = Field((), description="files with _id, text and maybe title; left out: data.corpus")
+
+
+HeldOut = Annotated[
+    Annotated[Annotated[float, Field(gt=0, lt=1)], Tag("a-share")] | Annotated[HeldOutFiles, Tag("some-files")],
+    Discriminator(lambda value: "some-files" if isinstance(value, Mapping | HeldOutFiles) else "a-share"),
+]
+"""Tags with a hyphen are left out where a sentence names the field."""
+
+
+class Objective(Section):
+    """What training makes better."""
+
+    kind: Literal["infonce"] = Field("infonce", description="infonce: every other text of the batch is a negative")
+    temperature: float = Field(0.05, gt=0, description="cosines are divided by it")
+    cached: bool = Field(False, description="gradients in small parts, so that a large batch fits into memory")
+    cached_rows: int = Field(32, ge=1, description="rows in memory at once where cached")
+    weights: Weights = Field(
+        "uniform",
+        description="of the dims: all alike; alpha^i for the i-th from the largest; (largest / dim)^alpha",
+    )
+    alpha: float = Field(0.5, gt=0, description="for weights geometric and short")
+
+
+class Stop(Section):
+    """When to end before the last epoch."""
+
+    dim: Dim = Field(description="whose held-out nDCG decides")
+    patience: int = Field(3, ge=1, description="checkpoints in a row that may bring nothing better")
+
+
+class Measure(Section):
+    """How held-out quality is measured."""
+
+    k: int = Field(10, ge=1)
+    dims: tuple[Dim, ...] = Field((), description="prefixes that are measured beside those that are trained")
+    documents: int | None = Field(
+        None, ge=1, description="documents searched, those that are relevant always among them; null: all"
+    )
+
+
+def _falling(value: object) -> object:
+    numbers = isinstance(value, list | tuple) and all(isinstance(one, int) for one in value)
+    return sorted(value, reverse=True) if numbers else value  # type: ignore[call-overload]
+
+
+class TrainSpec(Loaded):
+    """A whole training."""
+
+    noun: ClassVar[str] = "training spec"
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="letters, digits, . _ -")
+    output: Word = Field(description="folder of the finished model; while it is made, what is done lies in OUTPUT.work")
+    seed: int = Field(0, ge=0, lt=2**32)
+    base: Base
+    data: Data
+    held_out: HeldOut = Field(0.1, description="a share of what is in data, or files")
+    dims: Annotated[tuple[Dim, ...], BeforeValidator(_falling)] = Field(
+        description="prefixes that are trained, the model's own dimension among them; []: no Matryoshka loss"
+    )
+    objective: Objective = Objective()
+    epochs: float = Field(1, gt=0)
+    batch_size: int = Field(256, ge=2)
+    learning_rate: Auto | Annotated[float, Field(gt=0)] = Field("auto", description="auto: by the kind of base")
+    precision: Literal["float32", "bfloat16", "float16"] = Field("float32", description="float16 needs a GPU")
+    stop: Stop | None = Field(None, description="null: all epochs")
+    checkpoint_steps: Auto | Annotated[int, Field(ge=1)] = Field("auto", description="auto: a tenth of all steps")
+    measure: Measure = Measure()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if len(set(self.dims)) < len(self.dims):
+            raise ValueError("dims: a dimension stands twice; list it once")
+        if self.stop is not None and self.dims and self.stop.dim not in self.dims:
+            raise ValueError(f"stop.dim: {self.stop.dim} is not among dims {list(self.dims)}")
+        if isinstance(self.held_out, HeldOutFiles) and not (self.held_out.corpus or self.data.corpus):
+            raise ValueError("held_out.corpus: name its files, data has no corpus of its own")
+        return self
