@@ -12,6 +12,7 @@ LEVELS = [
         "vectors",
         "metrics",
         "template",
+        "marks",
         "sentences",
         "stopping",
         "limits",

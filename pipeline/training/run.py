@@ -17,7 +17,7 @@ from pipeline import lock
 from pipeline.cores import has
 from pipeline.errors import DataError, FloorError, PipelineError, SpecError, StaleError
 from pipeline.storage import Root, not_writable, read_signed, signed, to_json
-from pipeline.training import bases, data, engine, measure, output
+from pipeline.training import bases, data, engine, measure, output, page
 from pipeline.training.spec import TrainSpec
 
 log = logging.getLogger(__name__)
@@ -138,6 +138,7 @@ class _Run:
             draft,
         )
         self._judge(probed, draft)
+        page.write(draft, self.target)
         output.publish(draft, self.target)
         shutil.rmtree(Path(str(self.work.path)) / "checkpoints", ignore_errors=True)
         log.info("train done output=%s seconds=%.1f", self.target, time.perf_counter() - start)
