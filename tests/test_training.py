@@ -180,6 +180,7 @@ def test_early_stopping_keeps_the_best_and_never_measures_on_what_it_watched(tmp
             "data.source: 'none.parquet'",
         ),
         ({"objective": {"cached": True}}, SpecError, "objective.cached: a static model needs no parts"),
+        ({"precision": "bfloat16"}, SpecError, "precision: a static model only adds vectors up, in float32"),
     ],
 )
 def test_mistakes_are_told_before_a_model_is_loaded(tmp_path, monkeypatch, changes, error, says):
@@ -354,6 +355,27 @@ def transformer(folder, width=32):
     model = SentenceTransformer(modules=[inner, Pooling(width), Normalize()], device="cpu")
     model.save(str(folder), create_model_card=False)
     return folder
+
+
+def test_bfloat16_trains_a_transformer_whose_weights_and_figures_are_float32(tmp_path, monkeypatch):
+    base = {"model": str(transformer(tmp_path / "bert"))}
+    import torch
+
+    weights, measured, encode = [], [], measure.encode
+    monkeypatch.setattr(measure, "encode", lambda model, *rest: measured.append(model) or encode(model, *rest))
+    for precision in ("float32", "bfloat16"):
+        changes = {"output": str(tmp_path / precision), "precision": precision, "dims": [], "epochs": 1}
+        spec = toy(tmp_path, base=base, learning_rate=0.001, batch_size=16, **changes)
+        pairs(150).write_parquet(tmp_path / "pairs.parquet")
+        training.run(spec)
+        weights.append(load_file(tmp_path / precision / "model.safetensors"))
+    assert {values.dtype for values in weights[1].values()} <= {np.dtype("float32"), np.dtype("int64")}
+    assert measured[-1].encode(["w001"], convert_to_tensor=True).dtype == torch.float32
+    assert not hasattr(measured[-1].forward, "__wrapped__")  # by autocast
+    name = "embeddings.word_embeddings.weight"
+    assert 0 < np.abs(weights[0][name] - weights[1][name]).max() < 0.01
+    with pytest.raises(SpecError, match="precision: float16 needs a GPU; use bfloat16 or float32"):
+        training.run(toy(tmp_path, base=base, precision="float16", output=str(tmp_path / "half")))
 
 
 def test_a_transformer_learns_the_toy_too_and_both_configs_name_its_dims(tmp_path):

@@ -121,3 +121,14 @@ def test_within_the_intervals_nothing_is_recommended():
     made = {"mine": record(), "other": record(objective={"weights": "short"}, ndcg=(0.4, 0.39, 0.31))}
     text = Elements(page.page(made["mine"], curve(), "mine", {"other": made["other"]})).visible()
     assert "At 8 dimensions other finds most, 0.3100 (0.300 – 0.320), within the interval of this one" in text
+    assert "At 8 dimensions this one finds most, 0.3100 (0.300 – 0.320), within the interval of others" in advice(
+        made["other"], made["mine"]
+    )
+    weak = record(ndcg=(0.4, 0.39, 0.25))
+    assert "finds most, 0.3000 (0.290 – 0.310), outside the intervals of all others: take it." in advice(
+        made["mine"], weak
+    )
+
+
+def advice(mine, other):
+    return Elements(page.page(mine, curve(), "mine", {"other": other})).visible()

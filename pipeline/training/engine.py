@@ -66,6 +66,7 @@ def run(
     if last is not None:
         log.info("train going on from %s", last.name)
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # from here on in float32 again
     return list(trainer.state.log_history)
 
 

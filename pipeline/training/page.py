@@ -233,7 +233,9 @@ def _advice(trainings: Mapping[str, Record], mine: str) -> list[str]:
     best = max(rows, key=lambda name: (rows[name][short]["ndcg"], name == mine))
     said = f"{rows[best][short]['ndcg']:.4f} ({_interval(rows[best][short])})"
     if best == mine:
-        words = f"At {short} dimensions this one finds most: {said}."
+        clear = all(apart(rows[mine][short], row[short]) > 0 for name, row in rows.items() if name != mine)
+        how = "outside the intervals of all others: take it" if clear else "within the interval of others: they do too"
+        words = f"At {short} dimensions this one finds most, {said}, {how}."
     elif apart(rows[best][short], rows[mine][short]) > 0:
         words = f"Take {best}: at {short} dimensions it finds most, {said}, outside the interval of this one."
     else:

@@ -41,6 +41,8 @@ def check(spec: TrainSpec) -> Any:
     folder = bases.resolve(spec.base)
     if spec.objective.cached and bases.kind(spec.base, folder) == "static":
         raise SpecError("objective.cached: a static model needs no parts, its batches take little memory; leave it out")
+    if spec.precision != "float32" and bases.kind(spec.base, folder) == "static":
+        raise SpecError("precision: a static model only adds vectors up, in float32; leave it out")
     if folder.dim is not None:
         check_dims(spec, folder.dim)
     data.check(spec.data, spec.held_out)
