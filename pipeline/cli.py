@@ -78,12 +78,12 @@ def main() -> NoReturn:
         if error.errno not in DISK_ERRORS and "No space left" not in str(error):
             raise
         reason = str(error).splitlines()[0]
-        sys.exit(_fail(f"the disk failed: {reason}; make room and run again, finished shards are kept", 1))
+        sys.exit(_fail(f"the disk failed: {reason}; make room and run again, what is finished is kept", 1))
     sys.exit(0)
 
 
 def _last_words(number: int) -> None:
-    _fail("interrupted; run the same command to go on from the last finished shard", 128 + number)
+    _fail("interrupted; run the same command to go on from what is finished", 128 + number)
 
 
 def _fail(sentence: str, code: int) -> int:
@@ -344,8 +344,8 @@ def train_command(
     job: Annotated[str, typer.Argument(help="path to a training spec")], sets: Sets = None, as_json: AsJson = False
 ) -> None:
     """Train a Matryoshka model; what is done is gone on with."""
-    configure_logging(None)
-    record, is_new = training.run(TrainSpec.load(job, sets or ()))
+    with watched() as bars:
+        record, is_new = training.run(TrainSpec.load(job, sets or ()), bars)
     if as_json:
         print_json(record)
     else:

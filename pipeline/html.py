@@ -18,7 +18,7 @@ import jinja2
 import polars as pl
 import vl_convert
 
-from pipeline.plots import Plot
+from pipeline.marks import Plot
 from pipeline.template import DRAW, PAGE, STYLE
 
 

@@ -1,40 +1,33 @@
-"""The report's plots: frames in, Vega-Lite specs and the numbers they show out; pure.
-
-Colours are CSS variables of the page, so that dark mode and print need no second plot; every series has its own
-shape or dash too. Widths follow the page (`width: container`).
-"""
+"""The report's plots: frames in, Vega-Lite specs and the numbers they show out; pure."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import altair as alt
 import polars as pl
 
+from pipeline.marks import (
+    X_AXIS,
+    Y_AXIS,
+    Y_PERCENT,
+    Plot,
+    chart_of,
+    color_of,
+    dash_of,
+    dim_axis,
+    finished,
+    shape_of,
+    tooltip,
+    values_of,
+)  # fmt: skip
 from pipeline.vectors import bytes_per_row
 
-HEIGHT = 300
-SERIES = [f"var(--s{number})" for number in range(1, 7)]
 STRETCH = 6
 """Power of the quality axis against cost: near the best, where the choice is made, settings stand apart."""
-DASHES = [[1, 0], [5, 3], [2, 2]]
 MODES = ["alone", "rescored", "cascade", "exact", "margin", "predictor", "hybrid"]
-SHAPES = ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross"]
 MAX_POINTS = 400
 """Of a curve; more cannot be seen."""
 NAMES = {"recall_exact": "recall of exact search", "recall": "recall", "ndcg": "nDCG", "mrr": "MRR"}
-
-
-@dataclass(frozen=True)
-class Plot:
-    """One figure: its Vega-Lite spec, its text for those who do not see it, and its numbers."""
-
-    name: str
-    title: str
-    says: str
-    source: str
-    spec: dict[str, Any]
-    numbers: pl.DataFrame
 
 
 def described(measured: pl.DataFrame) -> pl.DataFrame:
@@ -75,23 +68,23 @@ def by_dim(rows: pl.DataFrame, metric: str, source: str) -> Plot:
     shown = of_tables.filter((pl.col("mode") == "alone") | ((pl.col("mode") == "rescored") & shortest))
     fields = ["dim", "codes", "way", metric, f"{metric}_low", f"{metric}_high"]
     numbers = shown.select(fields).sort("codes", "way", "dim")
-    data = _values(_apart(numbers).to_dicts())
+    data = values_of(_apart(numbers).to_dicts())
     label, codes = _label(rows, metric), sorted(set(numbers["codes"]))
     picked = alt.selection_point(fields=["codes"], bind="legend", name="picked")
     base = alt.Chart(data).encode(
-        x=_dim_axis("at", numbers["dim"].to_list()),
-        color=_color("codes", codes),
+        x=dim_axis("at", numbers["dim"].to_list()),
+        color=color_of("codes", codes),
         opacity=alt.condition(picked, alt.value(1), alt.value(0.12)),
-        tooltip=_tooltip(
+        tooltip=tooltip(
             ("codes", "stored as"), ("way", "searched"), ("dim", "dimensions"), (metric, label),
             (f"{metric}_low", "95% from"), (f"{metric}_high", "to"),
         ),
     )  # fmt: skip
-    quality: dict[str, Any] = {"title": label, "scale": alt.Scale(zero=False, nice=True), "axis": _Y_AXIS}
+    quality: dict[str, Any] = {"title": label, "scale": alt.Scale(zero=False, nice=True), "axis": Y_AXIS}
     lines = base.mark_line(strokeWidth=2).encode(
-        y=alt.Y(f"{metric}:Q", **quality), strokeDash=_dash(sorted(set(numbers["way"])))
+        y=alt.Y(f"{metric}:Q", **quality), strokeDash=dash_of(sorted(set(numbers["way"])))
     )
-    points = base.mark_point(filled=True, size=60).encode(y=f"{metric}:Q", shape=_shape("codes", codes))
+    points = base.mark_point(filled=True, size=60).encode(y=f"{metric}:Q", shape=shape_of("codes", codes))
     bars = base.mark_rule(strokeWidth=2).encode(y=f"{metric}_low:Q", y2=f"{metric}_high:Q")
     layers: list[alt.Chart] = [bars, lines, points.add_params(picked)]
     exact = rows.filter(choice="exact")[metric][0]
@@ -103,7 +96,7 @@ def by_dim(rows: pl.DataFrame, metric: str, source: str) -> Plot:
         f"Line plot. {_first_up(label)} rises from {_range(numbers, metric)}; exact search has {exact:.3f}.",
         f"{source} Bars are the intervals; points of one dimension stand a little apart."
         + (" The grey line is exact search." if metric != "recall_exact" else ""),
-        _finished(alt.layer(*layers)),
+        finished(alt.layer(*layers)),
         numbers,
     )
 
@@ -123,15 +116,15 @@ def kept(figures: Sequence[dict[str, Any]], of: str, source: str) -> Plot:
     )
     ways = [way for way in ("plain", "shuffled", "random", "pca", "adaptor", "order") if way in set(numbers["way"])]
     picked = alt.selection_point(fields=["way"], bind="legend", name="picked")
-    base = alt.Chart(_values(numbers.to_dicts())).encode(
-        x=_dim_axis("dim", numbers["dim"].to_list()),
-        y=alt.Y("neighbours:Q", title="share of the 10 nearest kept", axis=_Y_PERCENT),
-        color=_color("way", ways),
+    base = alt.Chart(values_of(numbers.to_dicts())).encode(
+        x=dim_axis("dim", numbers["dim"].to_list()),
+        y=alt.Y("neighbours:Q", title="share of the 10 nearest kept", axis=Y_PERCENT),
+        color=color_of("way", ways),
         opacity=alt.condition(picked, alt.value(1), alt.value(0.12)),
-        tooltip=_tooltip(("way", "cut"), ("dim", "dimensions"), ("neighbours", "kept"), ("error", "error of cosines")),
+        tooltip=tooltip(("way", "cut"), ("dim", "dimensions"), ("neighbours", "kept"), ("error", "error of cosines")),
     )
     lines = base.mark_line(strokeWidth=2)
-    points = base.mark_point(filled=True, size=60).encode(shape=_shape("way", ways)).add_params(picked)
+    points = base.mark_point(filled=True, size=60).encode(shape=shape_of("way", ways)).add_params(picked)
     fewest = min(numbers["dim"].to_list())
     least = numbers.filter(dim=fewest)
     at_least = ", ".join(f"{row['way']} {row['neighbours']:.1%}" for row in least.to_dicts())
@@ -140,7 +133,7 @@ def kept(figures: Sequence[dict[str, Any]], of: str, source: str) -> Plot:
         f"Nearest neighbours of {'documents' if of == 'rows' else of}",
         f"Line plot. At {fewest} dimensions the share of neighbours kept is: {at_least}.",
         source,
-        _finished(alt.layer(lines, points)),
+        finished(alt.layer(lines, points)),
         numbers,
     )
 
@@ -155,14 +148,14 @@ def by_cost(rows: pl.DataFrame, metric: str, cost: str, title: str, source: str)
     known = sorted(set(numbers["codes"]))
     picked = alt.selection_point(fields=["codes"], bind="legend", name="picked")
     x, y = _cost_axis(numbers, cost, title), _stretched(numbers[metric].to_list(), metric, label)
-    step = _chart(numbers.filter("front")).mark_line(
+    step = chart_of(numbers.filter("front")).mark_line(
         interpolate="step-after", color="var(--muted)", strokeWidth=1.5, strokeDash=[4, 3]
     )
     modes = numbers.with_columns(mode=pl.col("way").str.split(", ").list.first())
-    points = _chart(modes).mark_point(size=70, strokeWidth=1.8).encode(
-        x=x, y=y, color=_color("codes", known), shape=_shape("mode", MODES),
+    points = chart_of(modes).mark_point(size=70, strokeWidth=1.8).encode(
+        x=x, y=y, color=color_of("codes", known), shape=shape_of("mode", MODES),
         opacity=alt.condition(picked, alt.value(0.95), alt.value(0.1)),
-        tooltip=_tooltip(
+        tooltip=tooltip(
             ("choice", "choice"), ("codes", "first table"), ("way", "searched"), (metric, label),
             (f"{metric}_low", "95% from"), (f"{metric}_high", "to"), (cost, title),
             *([("p95_ms", "p95 ms")] if cost == "median_ms" else []),
@@ -170,14 +163,14 @@ def by_cost(rows: pl.DataFrame, metric: str, cost: str, title: str, source: str)
     ).add_params(picked)  # fmt: skip
     layers: list[Any] = [step.encode(x=x, y=y), points, *_marked(numbers, cost, metric)]
     if cost == "median_ms":
-        layers.insert(0, _chart(numbers).mark_rule(color="var(--rule)").encode(x=x, x2="p95_ms", y=y))
+        layers.insert(0, chart_of(numbers).mark_rule(color="var(--rule)").encode(x=x, x2="p95_ms", y=y))
     return Plot(
         f"{cost.replace('_', '-')}-{metric}",
         f"{_first_up(label)} by {title}",
         f"Scatter plot of {len(numbers)} settings. {_marked_says(numbers, cost, metric)}",
         f"{source} The dashed line is the Pareto front: no setting left of it is as good. The quality axis is "
         "stretched towards its upper end.",
-        _finished(alt.layer(*layers)),
+        finished(alt.layer(*layers)),
         numbers,
     )
 
@@ -198,10 +191,10 @@ def _marked(numbers: pl.DataFrame, cost: str, metric: str) -> list[Any]:
     named = numbers.filter(pl.col("choice").is_in(["cascade", "exact"])).with_columns(
         name=pl.col("choice").replace({"cascade": "this job"})
     )
-    base = _chart(named).encode(x=f"{cost}:Q", y=f"{metric}:Q")
+    base = chart_of(named).encode(x=f"{cost}:Q", y=f"{metric}:Q")
     layers: list[Any] = [base.mark_point(size=260, strokeWidth=2, color="var(--ink)", shape="circle")]
     for name, aside in (("this job", 21), ("exact", -21)):  # apart, where the two are close
-        word = _chart(named.filter(name=name)).encode(x=f"{cost}:Q", y=f"{metric}:Q", text="name:N")
+        word = chart_of(named.filter(name=name)).encode(x=f"{cost}:Q", y=f"{metric}:Q", text="name:N")
         style: dict[str, Any] = {"dy": aside, "fontWeight": 600, "fontSize": 12}
         layers += [word.mark_text(stroke="var(--paper)", strokeWidth=4, strokeJoin="round", **style)]
         layers += [word.mark_text(color="var(--ink)", **style)]
@@ -224,19 +217,19 @@ def explained(shares: Sequence[float], dims: Sequence[int], source: str) -> Plot
     numbers = curve.filter(pl.col("dim").is_in([*dims, len(shares)])).with_columns(
         label=pl.format("{}: {}%", "dim", (pl.col("share") * 100).round(0).cast(pl.Int64()))
     )
-    x = alt.X("dim:Q", title="dimensions", scale=alt.Scale(nice=False, domain=[0, len(shares) * 1.02]), axis=_X_AXIS)
-    y = alt.Y("share:Q", title="variance explained", scale=alt.Scale(domain=[0, 1.02]), axis=_Y_PERCENT)
-    tips = _tooltip(("dim", "dimensions"), ("share", "explained"))
-    area = _chart(curve).mark_area(color="var(--s1)", opacity=0.13, line=False).encode(x=x, y=y)
-    line = _chart(curve).mark_line(color="var(--s1)", strokeWidth=2).encode(x=x, y=y)
-    marked = _chart(numbers.filter(pl.col("dim").is_in(list(dims))))
+    x = alt.X("dim:Q", title="dimensions", scale=alt.Scale(nice=False, domain=[0, len(shares) * 1.02]), axis=X_AXIS)
+    y = alt.Y("share:Q", title="variance explained", scale=alt.Scale(domain=[0, 1.02]), axis=Y_PERCENT)
+    tips = tooltip(("dim", "dimensions"), ("share", "explained"))
+    area = chart_of(curve).mark_area(color="var(--s1)", opacity=0.13, line=False).encode(x=x, y=y)
+    line = chart_of(curve).mark_line(color="var(--s1)", strokeWidth=2).encode(x=x, y=y)
+    marked = chart_of(numbers.filter(pl.col("dim").is_in(list(dims))))
     drops = marked.mark_rule(color="var(--muted)", strokeDash=[2, 3]).encode(x=x, y=y)
     points = marked.mark_point(filled=True, size=80, opacity=1, color="var(--s1)").encode(x=x, y=y, tooltip=tips)
     words = marked.mark_text(align="left", dx=9, dy=9, color="var(--ink)", fontSize=12).encode(x=x, y=y, text="label:N")
     says = ", ".join(f"{row['dim']} dimensions explain {row['share']:.1%}" for row in numbers.to_dicts())
     return Plot(
         "explained", "Variance held by the first axes", f"Rising curve: {says}.", source,
-        _finished(alt.layer(area, line, drops, points, words)), numbers.select("dim", "share"),
+        finished(alt.layer(area, line, drops, points, words)), numbers.select("dim", "share"),
     )  # fmt: skip
 
 
@@ -245,15 +238,15 @@ def bars(numbers: pl.DataFrame, name: str, title: str, unit: str, source: str) -
     order = numbers["what"].to_list()
     shown = numbers.with_columns(label=pl.col("value").map_elements(_short, return_dtype=pl.String()))
     most = max([*shown["value"].to_list(), 1e-9])
-    base = _chart(shown).encode(
+    base = chart_of(shown).encode(
         y=alt.Y("what:N", sort=order, title=None, axis=alt.Axis(labelLimit=140, ticks=False, domain=False)),
-        x=alt.X("value:Q", title=unit, scale=alt.Scale(domain=[0, most * 1.35], nice=False), axis=_X_AXIS),
-        tooltip=_tooltip(("what", "of"), ("value", unit)),
+        x=alt.X("value:Q", title=unit, scale=alt.Scale(domain=[0, most * 1.35], nice=False), axis=X_AXIS),
+        tooltip=tooltip(("what", "of"), ("value", unit)),
     )
     marks = base.mark_bar(color="var(--s1)", height={"band": 0.62}, cornerRadiusEnd=2)
     words = base.mark_text(align="left", dx=6, color="var(--ink)", fontSize=12).encode(text="label:N")
     says = ", ".join(f"{row['what']} {row['label']}" for row in shown.to_dicts())
-    spec = _finished(alt.layer(marks, words), height=30 * len(numbers) + 10)
+    spec = finished(alt.layer(marks, words), height=30 * len(numbers) + 10)
     return Plot(name, title, f"Bars, {unit}: {says}.", source, spec, numbers)
 
 
@@ -263,44 +256,25 @@ def drift(log: pl.DataFrame, source: str) -> Plot:
         "measured_at", "file", "generation", "recall_exact", "recall_exact_low", "recall_exact_high"
     )
     known = sorted(set(numbers["file"]))
-    base = _chart(numbers).encode(
+    base = chart_of(numbers).encode(
         x=alt.X("measured_at:T", title=None, axis=alt.Axis(labelOverlap=True, grid=False, tickCount=5)),
-        color=_color("file", known),
-        tooltip=[alt.Tooltip("measured_at:T", title="measured at", format="%Y-%m-%d %H:%M"), *_tooltip(
+        color=color_of("file", known),
+        tooltip=[alt.Tooltip("measured_at:T", title="measured at", format="%Y-%m-%d %H:%M"), *tooltip(
             ("file", "queries"), ("generation", "generation"), ("recall_exact", "recall"),
             ("recall_exact_low", "95% from"), ("recall_exact_high", "to"))],
     )  # fmt: skip
     label = "recall of exact search"
     lines = base.mark_line(strokeWidth=2).encode(
-        y=alt.Y("recall_exact:Q", title=label, scale=alt.Scale(zero=False), axis=_Y_AXIS)
+        y=alt.Y("recall_exact:Q", title=label, scale=alt.Scale(zero=False), axis=Y_AXIS)
     )
     ranges = base.mark_rule(strokeWidth=2).encode(y="recall_exact_low:Q", y2="recall_exact_high:Q")
-    points = base.mark_point(filled=True, opacity=1, size=60).encode(y="recall_exact:Q", shape=_shape("file", known))
+    points = base.mark_point(filled=True, opacity=1, size=60).encode(y="recall_exact:Q", shape=shape_of("file", known))
     first, last = log.sort("measured_at")["recall_exact"][0], log.sort("measured_at")["recall_exact"][-1]
     return Plot(
         "drift", "Recall of the query log over time",
         f"Line plot over time of {len(log)} measurements: first {first:.3f}, last {last:.3f}.", source,
-        _finished(alt.layer(ranges, lines, points)), numbers,
+        finished(alt.layer(ranges, lines, points)), numbers,
     )  # fmt: skip
-
-
-_Y_AXIS = alt.Axis(tickCount=6, domain=False, ticks=False, labelPadding=6)
-_Y_PERCENT = alt.Axis(tickCount=6, domain=False, ticks=False, labelPadding=6, format="%")
-_X_AXIS = alt.Axis(tickCount=6, grid=False, labelOverlap=True)
-
-
-def _values(rows: list[dict[str, Any]]) -> Any:
-    return alt.InlineData(values=rows)
-
-
-def _chart(frame: pl.DataFrame) -> alt.Chart:
-    return alt.Chart(_values(frame.to_dicts()))
-
-
-def _dim_axis(field: str, dims: Sequence[int]) -> alt.X:
-    values = sorted(set(dims))
-    scale = alt.Scale(type="log", base=2, domain=[min(values) / 1.25, max(values) * 1.25], nice=False)
-    return alt.X(f"{field}:Q", title="dimensions", scale=scale, axis=alt.Axis(values=values, grid=False, format="d"))
 
 
 def _cost_axis(numbers: pl.DataFrame, cost: str, title: str) -> alt.X:
@@ -332,41 +306,9 @@ def _position(low: float, high: float) -> Callable[[float], float]:
     return lambda value: (value**STRETCH - bottom) / room if room else 0.0
 
 
-def _color(field: str, known: Sequence[str]) -> alt.Color:
-    colors = [SERIES[number % len(SERIES)] for number in range(len(known))]
-    scale = alt.Scale(domain=list(known), range=colors)
-    return alt.Color(f"{field}:N", scale=scale, legend=_legend(known))
-
-
-def _shape(field: str, known: Sequence[str]) -> alt.Shape:
-    shapes = [SHAPES[number % len(SHAPES)] for number in range(len(known))]
-    scale = alt.Scale(domain=list(known), range=shapes)
-    return alt.Shape(f"{field}:N", scale=scale, legend=_legend(known))
-
-
-def _dash(known: Sequence[str]) -> alt.StrokeDash:
-    scale = alt.Scale(domain=list(known), range=[DASHES[number % len(DASHES)] for number in range(len(known))])
-    return alt.StrokeDash("way:N", scale=scale, legend=_legend(known))
-
-
-def _legend(known: Sequence[str]) -> alt.Legend:
-    """Two columns where both go beside each other on a phone of 360 pixels, whatever its font."""
-    return alt.Legend(title=None, columns=2 if max(map(len, known), default=0) <= 14 else 1)
-
-
 def _level(value: float) -> Any:
-    level = alt.Chart(_values([{"exact": value}])).mark_rule(color="var(--muted)", strokeWidth=1.5)
-    return level.encode(y="exact:Q", tooltip=_tooltip(("exact", "exact search")))
-
-
-def _tooltip(*fields: tuple[str, str]) -> list[alt.Tooltip]:
-    words = {"codes", "way", "choice", "what", "file"}
-    return [
-        alt.Tooltip(f"{field}:N", title=title)
-        if field in words
-        else alt.Tooltip(f"{field}:Q", title=title, format=",.4~r" if field.endswith(("_ms", "value")) else ",.4~f")
-        for field, title in fields
-    ]
+    level = alt.Chart(values_of([{"exact": value}])).mark_rule(color="var(--muted)", strokeWidth=1.5)
+    return level.encode(y="exact:Q", tooltip=tooltip(("exact", "exact search")))
 
 
 def _label(rows: pl.DataFrame, metric: str) -> str:
@@ -389,11 +331,3 @@ def _range(numbers: pl.DataFrame, metric: str) -> str:
 
 def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:,.3g}"
-
-
-def _finished(chart: Any, height: int = HEIGHT) -> dict[str, Any]:
-    sized = chart.properties(
-        width="container", height=height, autosize=alt.AutoSizeParams(type="fit-x", contains="padding")
-    )
-    left_out = ("$schema", "config")  # the page has one for all; a schema is an address outside
-    return {name: part for name, part in sized.to_dict().items() if name not in left_out}

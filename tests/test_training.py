@@ -1,6 +1,7 @@
 """Training from a spec to a folder: what is learnt, what the folder says, what is gone on with, what is refused."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from safetensors.numpy import load_file
 
 from pipeline import JobSpec, open_index, run
 from pipeline.encoders import models
@@ -121,46 +123,50 @@ def test_a_finished_training_does_nothing_and_another_spec_is_refused(trained, m
 
 
 KILLED = """
-import os, sys
+import os, signal, sys
 from pathlib import Path
-from pipeline.training import engine, run
+from pipeline.training import measure, run
 from tests.training import toy
 
-def ends(model, *given):
-    ends.calls += 1
-    if ends.calls == 4:  # before, two checkpoints, and amid the third
-        os._exit(9)
-    return kept(model, *given)
+def ends(kept, last):
+    calls = []
+    def called(*given, **named):
+        calls.append(1)
+        if len(calls) == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return kept(*given, **named)
+    return called
 
-ends.calls = 0
-from pipeline.training import measure
-kept, measure.encode = measure.encode, ends
+if sys.argv[2] == "watching":  # before, two checkpoints, and amid the third
+    measure.encode = ends(measure.encode, 4)
+else:  # all of the third checkpoint but its last file is written
+    from transformers import TrainerState
+    TrainerState.save_to_json = ends(TrainerState.save_to_json, 3)
 run.run(toy(Path(sys.argv[1])))
 """
 
 
-def test_a_killed_training_goes_on_from_its_last_checkpoint(trained, tmp_path, caplog):
+@pytest.mark.parametrize("amid", ["watching", "saving"])
+def test_a_training_ended_by_sigkill_goes_on_from_its_last_whole_checkpoint(trained, tmp_path, caplog, amid):
     _, undisturbed = trained
-    ended = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, timeout=200)
-    assert ended.returncode == 9, ended.stderr
-    whole = sorted((tmp_path / "trained.work" / "checkpoints").glob("checkpoint-*"), key=lambda path: len(path.name))
+    command = [sys.executable, "-c", KILLED, str(tmp_path), amid]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    checkpoints = tmp_path / "trained.work" / "checkpoints"
+    whole = sorted(checkpoints.glob(f"checkpoint-*/{engine.STATE}"), key=lambda path: path.stat().st_mtime_ns)
     assert len(whole) == 2
-    torn = whole[0].with_name("checkpoint-9999")
-    torn.mkdir()
-    (torn / "model.safetensors").write_bytes(b"half")
+    torn = [path.name for path in checkpoints.glob("checkpoint-*") if not (path / engine.STATE).exists()]
+    assert len(torn) == (amid == "saving")
     with caplog.at_level("INFO", "pipeline"):
         record, is_new = training.run(toy(tmp_path))
     assert is_new
-    assert f"going on from {engine_name(whole)}" in caplog.text
-    assert "leaving checkpoint-9999 out" in caplog.text
-    assert quality(record, "before") == quality(undisturbed, "before")
-    for dim, value in quality(undisturbed).items():
-        assert quality(record)[dim] == pytest.approx(value, abs=0.01)
+    assert f"going on from {whole[1].parent.name}" in caplog.text
+    assert all(f"leaving {name} out: it is not whole" in caplog.text for name in torn)
     assert record["steps"] == undisturbed["steps"]
-
-
-def engine_name(paths):
-    return max(paths, key=lambda path: int(path.name.rpartition("-")[2])).name
+    assert quality(record, "before") == quality(undisturbed, "before")
+    assert quality(record) == quality(undisturbed)
+    one, other = (load_file(Path(found["output"]) / "model.safetensors") for found in (record, undisturbed))
+    assert all(np.array_equal(one[name], other[name]) for name in other)
 
 
 def test_prefixes_that_were_not_trained_are_told_and_not_published(tmp_path, monkeypatch):
@@ -193,6 +199,7 @@ def test_early_stopping_keeps_the_best_and_never_measures_on_what_it_watched(tmp
             "data.source: 'none.parquet'",
         ),
         ({"objective": {"cached": True}}, SpecError, "objective.cached: a static model needs no parts"),
+        ({"precision": "bfloat16"}, SpecError, "precision: a static model only adds vectors up, in float32"),
     ],
 )
 def test_mistakes_are_told_before_a_model_is_loaded(tmp_path, monkeypatch, changes, error, says):
@@ -337,8 +344,6 @@ def test_a_table_of_a_transformer_reads_long_texts_whole(tmp_path):
     folder = bases.resolve(spec.base)
     model = bases.build(spec.base, folder)
     words = [f"w{number:03d}" for number in range(100)]
-    from safetensors.numpy import load_file
-
     weights = load_file(Path(folder.path) / "model.safetensors")["embeddings.word_embeddings.weight"]
     mean = weights[5:105].mean(axis=0)
     assert np.allclose(model.encode([" ".join(words)])[0], mean / np.linalg.norm(mean), atol=1e-5)
@@ -369,6 +374,27 @@ def transformer(folder, width=32):
     model = SentenceTransformer(modules=[inner, Pooling(width), Normalize()], device="cpu")
     model.save(str(folder), create_model_card=False)
     return folder
+
+
+def test_bfloat16_trains_a_transformer_whose_weights_and_figures_are_float32(tmp_path, monkeypatch):
+    base = {"model": str(transformer(tmp_path / "bert"))}
+    import torch
+
+    weights, measured, encode = [], [], measure.encode
+    monkeypatch.setattr(measure, "encode", lambda model, *rest: measured.append(model) or encode(model, *rest))
+    for precision in ("float32", "bfloat16"):
+        changes = {"output": str(tmp_path / precision), "precision": precision, "dims": [], "epochs": 1}
+        spec = toy(tmp_path, base=base, learning_rate=0.001, batch_size=16, **changes)
+        pairs(150).write_parquet(tmp_path / "pairs.parquet")
+        training.run(spec)
+        weights.append(load_file(tmp_path / precision / "model.safetensors"))
+    assert {values.dtype for values in weights[1].values()} <= {np.dtype("float32"), np.dtype("int64")}
+    assert measured[-1].encode(["w001"], convert_to_tensor=True).dtype == torch.float32
+    assert not hasattr(measured[-1].forward, "__wrapped__")  # by autocast
+    name = "embeddings.word_embeddings.weight"
+    assert 0 < np.abs(weights[0][name] - weights[1][name]).max() < 0.01
+    with pytest.raises(SpecError, match="precision: float16 needs a GPU; use bfloat16 or float32"):
+        training.run(toy(tmp_path, base=base, precision="float16", output=str(tmp_path / "half")))
 
 
 def test_a_transformer_learns_the_toy_too_and_both_configs_name_its_dims(tmp_path):

@@ -10,6 +10,7 @@ from typing import Any
 
 import polars as pl
 
+from pipeline.errors import SpecError
 from pipeline.training import objectives
 from pipeline.training.spec import TrainSpec
 
@@ -27,6 +28,8 @@ STATE = "trainer_state.json"
 """Written last into a checkpoint."""
 OnCheckpoint = Callable[[Any], Mapping[str, float]]
 """Gives the watched metrics of a model, by name."""
+OnStep = Callable[[int, int], None]
+"""Told of rows trained on since this process began, and how many those will be in all."""
 
 
 def steps(spec: TrainSpec, pairs: int) -> int:
@@ -35,20 +38,26 @@ def steps(spec: TrainSpec, pairs: int) -> int:
 
 
 def run(
-    model: Any, spec: TrainSpec, kind: str, pairs: pl.DataFrame, folder: Path, watch: OnCheckpoint
+    model: Any, spec: TrainSpec, kind: str, pairs: pl.DataFrame, folder: Path, watch: OnCheckpoint, on_step: OnStep
 ) -> list[dict[str, Any]]:
-    """Train `model` in place, from the newest checkpoint in `folder` where there is one; what was told on the way."""
+    """Train `model` in place, from the newest checkpoint in `folder` where there is one; what was told on the way.
+
+    Called in each of several processes that torch.distributed joins, it takes the same batches as in one: each process
+    has its part of a batch, and its losses see the texts of all.
+    """
     from datasets import Dataset
     from transformers import EarlyStoppingCallback, PrinterCallback
 
     loss, told = objectives.build(model, spec)
+    if spec.workers.spread:
+        see_all(loss)
     trainer = _trainer_class()(
         model=model,
         args=_arguments(model, spec, kind, len(pairs), folder),
         train_dataset=Dataset(pairs.to_arrow()),
         loss=loss,
         evaluator=_evaluator(watch),
-        callbacks=[_reporter(told)],
+        callbacks=[_reporter(told, on_step)],
     )
     trainer.remove_callback(PrinterCallback)
     if spec.stop is not None:
@@ -57,19 +66,40 @@ def run(
     if last is not None:
         log.info("train going on from %s", last.name)
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # from here on in float32 again
     return list(trainer.state.log_history)
 
 
+def see_all(loss: Any) -> None:
+    """Have every loss that looks at the other texts of a batch look at those of all processes, with gradients.
+
+    Their mean over processes, which torch's data parallelism takes, is then the loss of the whole batch.
+    """
+    for module in loss.modules():
+        if "gather_across_devices" in vars(module):
+            module.gather_across_devices = True
+
+
 def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint; what a killed process left half written is removed."""
-    found: list[tuple[int, Path]] = []
+    """The newest whole checkpoint."""
+    found = {path: _step(path) for path in folder.glob("checkpoint-*")}
+    return max((path for path in found if found[path] >= 0), key=lambda path: found[path], default=None)
+
+
+def mend(folder: Path) -> None:
+    """Remove checkpoints that a killed process left half written."""
     for path in folder.glob("checkpoint-*"):
-        try:
-            found.append((int(json.loads((path / STATE).read_bytes())["global_step"]), path))
-        except (OSError, ValueError, KeyError):
+        if _step(path) < 0:
             log.warning("train leaving %s out: it is not whole", path.name)
             shutil.rmtree(path)
-    return max(found)[1] if found else None
+
+
+def _step(checkpoint: Path) -> int:
+    """Of a whole checkpoint; -1 of another."""
+    try:
+        return int(json.loads((checkpoint / STATE).read_bytes())["global_step"])
+    except (OSError, ValueError, KeyError):
+        return -1
 
 
 def _arguments(model: Any, spec: TrainSpec, kind: str, pairs: int, folder: Path) -> Any:
@@ -79,15 +109,20 @@ def _arguments(model: Any, spec: TrainSpec, kind: str, pairs: int, folder: Path)
     count = steps(spec, pairs)
     every = max(1, math.ceil(count / CHECKPOINTS)) if spec.checkpoint_steps == "auto" else spec.checkpoint_steps
     on_gpu = model.device.type == "cuda"
+    if spec.precision == "float16" and not on_gpu:
+        raise SpecError("precision: float16 needs a GPU; use bfloat16 or float32")
     asked, found = (model.prompts.get(name) for name in ("query", "document"))
     prompts = {name: text for name, text in (("anchor", asked), ("positive", found), ("negative", found)) if text}
     best: dict[str, Any] = {}
     if spec.stop is not None:
         best = {"metric_for_best_model": f"eval_ndcg_{spec.stop.dim}", "load_best_model_at_end": True}
+    workers = spec.workers.count if spec.workers.spread else 1
     return SentenceTransformerTrainingArguments(
         output_dir=str(folder),
         max_steps=count,
-        per_device_train_batch_size=min(spec.batch_size, pairs),
+        per_device_train_batch_size=min(spec.batch_size, pairs // workers * workers),
+        accelerator_config={"split_batches": True},  # a batch is that of all workers together
+        ddp_backend=("nccl" if on_gpu else "gloo") if spec.workers.spread else None,
         learning_rate=RATES[kind] if spec.learning_rate == "auto" else spec.learning_rate,
         warmup_steps=math.ceil(WARMUP * count),
         bf16=spec.precision == "bfloat16",
@@ -137,22 +172,41 @@ def _evaluator(watch: OnCheckpoint) -> Any:
     return Watched()
 
 
-def _reporter(told: objectives.DimLosses | None) -> Any:
+def _reporter(told: objectives.DimLosses | None, on_step: OnStep) -> Any:
     from transformers import TrainerCallback
 
     class Reporter(TrainerCallback):  # type: ignore[misc]
-        """Puts the loss of each dim beside the loss, where checkpoints keep it, and tells both."""
+        """Puts the loss of each dim beside the loss, where checkpoints keep it, and tells both and the progress."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+            self._began = state.global_step
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+            if state.is_world_process_zero:
+                rows = args.train_batch_size
+                on_step((state.global_step - self._began) * rows, (state.max_steps - self._began) * rows)
 
         def on_log(self, args: Any, state: Any, control: Any, **named: Any) -> None:
             entry = state.log_history[-1]
             if "loss" in entry and told is not None:
-                entry.update(told.taken())
+                entry.update(_mean_of_all(told.taken()))
             shown = [name for name in entry if name == "loss" or name.startswith("eval_ndcg")]
-            if shown:
+            if shown and state.is_world_process_zero:
                 figures = " ".join(f"{name.removeprefix('eval_')}={entry[name]:.4f}" for name in shown)
                 log.info("train step=%d of %d %s", state.global_step, state.max_steps, figures)
 
     return Reporter()
+
+
+def _mean_of_all(values: dict[str, float]) -> dict[str, float]:
+    """The mean over processes; each has seen its part of every batch."""
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        return values
+    found: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(found, values)
+    return {name: round(sum(one[name] for one in found) / len(found), 6) for name in values}
 
 
 def curve(history: Sequence[Mapping[str, Any]]) -> pl.DataFrame:

@@ -1,6 +1,7 @@
 """Held-out quality of a model at each prefix: nDCG@k with bootstrap intervals, and the probe's verdict."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,21 @@ def split(held_out: Judged, kind: str, seed: int) -> tuple[Judged, Judged]:
     watched = held_out.asked([names[place] for place in order[:count]] or ids)
     measured = held_out.asked([names[place] for place in order[count:]])
     return watched.among(WATCHED[kind][1], seed), measured
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Gives held-out nDCG of a model at each dim, by `ndcg_DIM`."""
+
+    judged: Judged
+    kind: str
+    dims: Sequence[int]
+    k: int
+
+    def __call__(self, model: Any) -> dict[str, float]:
+        """Measure the model as it is now."""
+        found = per_query(*encode(model, self.judged, self.kind), self.judged, self.dims, self.k)
+        return {f"ndcg_{dim}": float(values["ndcg"].mean()) for dim, values in found.items()}
 
 
 def encode(model: Any, judged: Judged, kind: str) -> tuple[Matrix, Matrix]:

@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,22 @@ from pipeline import lock
 from pipeline.cores import has
 from pipeline.errors import DataError, FloorError, PipelineError, SpecError, StaleError
 from pipeline.storage import Root, not_writable, read_signed, signed, to_json
-from pipeline.training import bases, data, engine, measure, output
+from pipeline.training import bases, data, distributed, engine, measure, output, page
 from pipeline.training.spec import TrainSpec
+from pipeline.workers import Progress
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
 BEGUN, BEFORE, AFTER = "training.json", "before.json", "after"
 NEEDED = ("accelerate", "datasets")
+NEEDED_BY_RAY = ("pandas",)
+OnProgress = Callable[[str, int | None, Progress], None]
 
 
 def check(spec: TrainSpec) -> Any:
     """Everything that can be seen to be wrong without reading rows or starting a model; the base's files."""
-    missing = [name for name in NEEDED if not has(name)]
+    missing = [name for name in (*NEEDED, *(NEEDED_BY_RAY if spec.workers.spread else ())) if not has(name)]
     if missing:
         raise SpecError(
             f"training needs {' and '.join(missing)}, which come with the extra [train]; "
@@ -38,6 +41,8 @@ def check(spec: TrainSpec) -> Any:
     folder = bases.resolve(spec.base)
     if spec.objective.cached and bases.kind(spec.base, folder) == "static":
         raise SpecError("objective.cached: a static model needs no parts, its batches take little memory; leave it out")
+    if spec.precision != "float32" and bases.kind(spec.base, folder) == "static":
+        raise SpecError("precision: a static model only adds vectors up, in float32; leave it out")
     if folder.dim is not None:
         check_dims(spec, folder.dim)
     data.check(spec.data, spec.held_out)
@@ -56,7 +61,7 @@ def check_dims(spec: TrainSpec, full_dim: int) -> None:
         raise SpecError(f"stop.dim: {spec.base.model} has {full_dim} dimensions, {spec.stop.dim} was asked for")
 
 
-def run(spec: TrainSpec) -> tuple[dict[str, Any], bool]:
+def run(spec: TrainSpec, on_progress: OnProgress | None = None) -> tuple[dict[str, Any], bool]:
     """Train, or go on, or do nothing where it is done: the record of the output, and whether it is new.
 
     Raises SpecError, DataError, StaleError for an output of another training, LockedError, FloorError where the probe
@@ -75,20 +80,21 @@ def run(spec: TrainSpec) -> tuple[dict[str, Any], bool]:
     except OSError as error:
         raise not_writable(work, error) from None
     with lock.lock(work) as held:
-        return _Run(spec, folder, held, target).go()
+        return _Run(spec, folder, held, target, on_progress).go()
 
 
 def _asked(spec: TrainSpec, folder: Any) -> dict[str, Any]:
     """The fingerprint but for the data's: what must be equal for a training to go on."""
-    settings = spec.model_dump(mode="json", exclude={"name", "output"})
+    settings = spec.model_dump(mode="json", exclude={"name", "output", "workers"})
     return {"format": FORMAT, "base_digest": folder.digest, **settings}
 
 
 class _Run:
     """One training in its work folder."""
 
-    def __init__(self, spec: TrainSpec, folder: Any, work: Root, target: Path) -> None:
+    def __init__(self, spec: TrainSpec, folder: Any, work: Root, target: Path, on_progress: OnProgress | None) -> None:
         self.spec, self.folder, self.work, self.target = spec, folder, work, target
+        self.on_progress = on_progress
         self.kind = bases.kind(spec.base, folder)
         self.seconds: dict[str, float] = {}
 
@@ -143,6 +149,7 @@ class _Run:
             draft,
         )
         self._judge(probed, draft)
+        page.write(draft, self.target)
         output.publish(draft, self.target)
         shutil.rmtree(Path(str(self.work.path)) / "checkpoints", ignore_errors=True)
         log.info("train done output=%s seconds=%.1f", self.target, time.perf_counter() - start)
@@ -184,18 +191,21 @@ class _Run:
         return table, vectors
 
     def _train(self, model: Any, pairs: pl.DataFrame, watched: data.Judged, dims: list[int]) -> list[dict[str, Any]]:
-        def watch(model: Any) -> dict[str, float]:
-            vectors = measure.encode(model, watched, self.kind)
-            found = measure.per_query(*vectors, watched, dims, self.spec.measure.k)
-            return {f"ndcg_{dim}": float(values["ndcg"].mean()) for dim, values in found.items()}
-
+        watch = measure.Watch(watched, self.kind, dims, self.spec.measure.k)
         start = time.perf_counter()
         checkpoints = Path(str(self.work.path)) / "checkpoints"
-        history = engine.run(model, self.spec, self.kind, pairs, checkpoints, watch)
+        engine.mend(checkpoints)
+        train = distributed.run if self.spec.workers.spread else engine.run
+        history = train(model, self.spec, self.kind, pairs, checkpoints, watch, self._tell)
         self.seconds["train"] = round(time.perf_counter() - start, 3)
         if not _is_finite(model):
             raise PipelineError("training came to weights that are no numbers; lower learning_rate, or set precision")
         return history
+
+    def _tell(self, rows: int, of: int) -> None:
+        """Progress since this process began."""
+        if self.on_progress is not None:
+            self.on_progress("train", of, Progress(rows))
 
     def _judge(self, verdict: Mapping[str, Any], draft: Path) -> None:
         """FloorError where the prefixes that were asked for are not there; the model stays in the work folder."""

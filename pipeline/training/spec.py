@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from pipeline.section import Auto, Loaded, Names, Section, Word
 from pipeline.sources import STDLIB
+from pipeline.spec import Workers as JobWorkers
 
 Dim = Annotated[int, Field(ge=1)]
 Weights = Literal["uniform", "geometric", "short"]
@@ -98,6 +99,22 @@ class Measure(Section):
     )
 
 
+class Workers(JobWorkers):
+    """Who trains: this process, or several workers that share each batch."""
+
+    count: Annotated[int, Field(ge=1)] = Field(1, description="above 1, or with an address: Ray Train")
+    memory: None = Field(None, description="not counted")
+
+    @property
+    def spread(self) -> bool:
+        """Whether workers of Ray train."""
+        return self.count > 1 or self.address is not None
+
+
+def _counted(value: object) -> object:
+    return {"count": value} if isinstance(value, int) else value
+
+
 def _falling(value: object) -> object:
     numbers = isinstance(value, list | tuple) and all(isinstance(one, int) for one in value)
     return sorted(value, reverse=True) if numbers else value  # type: ignore[call-overload]
@@ -125,6 +142,9 @@ class TrainSpec(Loaded):
     stop: Stop | None = Field(None, description="null: all epochs")
     checkpoint_steps: Auto | Annotated[int, Field(ge=1)] = Field("auto", description="auto: a tenth of all steps")
     measure: Measure = Measure()
+    workers: Annotated[Workers, BeforeValidator(_counted, json_schema_input_type=int | Workers)] = Field(
+        Workers(), description="a number, or more about them; the result is the same as with one"
+    )
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -132,6 +152,8 @@ class TrainSpec(Loaded):
             raise ValueError("dims: a dimension stands twice; list it once")
         if self.stop is not None and self.dims and self.stop.dim not in self.dims:
             raise ValueError(f"stop.dim: {self.stop.dim} is not among dims {list(self.dims)}")
+        if self.batch_size % self.workers.count:
+            raise ValueError(f"batch_size: {self.batch_size} is no multiple of {self.workers.count} workers")
         if isinstance(self.held_out, HeldOutFiles) and not (self.held_out.corpus or self.data.corpus):
             raise ValueError("held_out.corpus: name its files, data has no corpus of its own")
         return self
