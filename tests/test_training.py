@@ -281,7 +281,7 @@ def test_losses_are_told_of_each_dim_without_their_weights(tmp_path, cached):
     objective = {"weights": "short", "cached": cached, "cached_rows": 4, "temperature": 0.1}
     spec = toy(tmp_path, base=base, objective=objective)
     model = bases.build(spec.base, bases.resolve(spec.base)).eval()
-    loss, told = objectives.build(model, spec)
+    loss, told = objectives.build(model, spec, tmp_path)
     rows = pairs(16)
     features = [model.preprocess(rows[name].to_list()) for name in ("anchor", "positive")]
     total = float(loss(features, None).detach())

@@ -41,7 +41,7 @@ def run(
     from datasets import Dataset
     from transformers import EarlyStoppingCallback, PrinterCallback
 
-    loss, told = objectives.build(model, spec)
+    loss, told = objectives.build(model, spec, folder.parent)
     trainer = _trainer_class()(
         model=model,
         args=_arguments(model, spec, kind, len(pairs), folder),

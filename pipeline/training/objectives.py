@@ -1,8 +1,10 @@
 """Losses, weights of the dims, and what is told of each dim while training. Losses are sentence-transformers'."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
+from pipeline.training import teacher
 from pipeline.training.spec import Objective, TrainSpec, Weights
 
 
@@ -27,7 +29,7 @@ class DimLosses:
         return means
 
 
-def infonce(model: Any, settings: Objective) -> Any:
+def infonce(model: Any, settings: Objective, work: Path) -> Any:
     """Each anchor's positive against every other text of the batch."""
     from sentence_transformers.sentence_transformer import losses
 
@@ -37,7 +39,36 @@ def infonce(model: Any, settings: Objective) -> Any:
     return losses.MultipleNegativesRankingLoss(model, scale)
 
 
-LOSSES: dict[str, Callable[[Any, Objective], Any]] = {"infonce": infonce}
+def distill(model: Any, settings: Objective, work: Path) -> Any:
+    """Each text's cosines with all others of the batch as the teacher has them, whatever the width of either.
+
+    Cross entropy of the two softmaxes less the teacher's own entropy, so that 0 is agreement; texts that share a
+    target (columns of one row) stand outside it, and their cosine is brought to 1.
+    """
+    import torch
+
+    targets = torch.from_numpy(teacher.vectors(work))
+
+    class SimilarityDistillLoss(torch.nn.Module):  # type: ignore[misc]
+        def forward(self, features: Iterable[dict[str, Any]], labels: Any) -> Any:
+            vectors = torch.cat([model(one)["sentence_embedding"] for one in features])
+            vectors = torch.nn.functional.normalize(vectors, dim=1)
+            places = labels.T.reshape(-1)
+            wanted = targets[places.cpu()].to(vectors)
+            same = places[:, None] == places[None, :]
+            cosines = vectors @ vectors.T
+            given, wanted = (
+                torch.log_softmax((one / settings.temperature).masked_fill(same, -1e4), dim=1)
+                for one in (cosines, wanted @ wanted.T)
+            )
+            apart = (wanted.exp() * (wanted - given)).sum(dim=1).mean()
+            return apart + (1 - cosines)[same].mean()
+
+    return SimilarityDistillLoss()
+
+
+LOSSES: dict[str, Callable[[Any, Objective, Path], Any]] = {"infonce": infonce, "distill": distill}
+"""Of a model, the objective, and the work folder."""
 
 
 def uniform(place: int, share: float, alpha: float) -> float:
@@ -70,11 +101,11 @@ def weights(settings: Objective, dims: Sequence[int]) -> list[float]:
     return [len(raw) * weight / sum(raw) for weight in raw]
 
 
-def build(model: Any, spec: TrainSpec) -> tuple[Any, DimLosses | None]:
+def build(model: Any, spec: TrainSpec, work: Path) -> tuple[Any, DimLosses | None]:
     """The loss as the trainer takes it, and where it leaves the loss of each dim (None without Matryoshka loss)."""
     from sentence_transformers.sentence_transformer import losses
 
-    inner = LOSSES[spec.objective.kind](model, spec.objective)
+    inner = LOSSES[spec.objective.kind](model, spec.objective, work)
     if not spec.dims:
         return inner, None
     told = DimLosses(spec.dims)

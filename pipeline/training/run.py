@@ -17,7 +17,7 @@ from pipeline import lock
 from pipeline.cores import has
 from pipeline.errors import DataError, FloorError, PipelineError, SpecError, StaleError
 from pipeline.storage import Root, not_writable, read_signed, signed, to_json
-from pipeline.training import bases, data, engine, measure, output
+from pipeline.training import bases, data, engine, measure, output, teacher
 from pipeline.training.spec import TrainSpec
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,8 @@ def check(spec: TrainSpec) -> Any:
         raise SpecError("objective.cached: a static model needs no parts, its batches take little memory; leave it out")
     if folder.dim is not None:
         check_dims(spec, folder.dim)
+    if spec.objective.teacher is not None:
+        teacher.resolve(spec.objective.teacher)
     data.check(spec.data, spec.held_out)
     return folder
 
@@ -77,7 +79,9 @@ def run(spec: TrainSpec) -> tuple[dict[str, Any], bool]:
 def _asked(spec: TrainSpec, folder: Any) -> dict[str, Any]:
     """The fingerprint but for the data's: what must be equal for a training to go on."""
     settings = spec.model_dump(mode="json", exclude={"name", "output"})
-    return {"format": FORMAT, "base_digest": folder.digest, **settings}
+    taught = spec.objective.teacher
+    digests = {} if taught is None else {"teacher_digest": teacher.resolve(taught).digest}
+    return {"format": FORMAT, "base_digest": folder.digest, **digests, **settings}
 
 
 class _Run:
@@ -100,7 +104,7 @@ class _Run:
         finished = output.read(self.target)
         if finished is not None:
             _refuse_changes(self.target, finished["fingerprint"], fingerprint)
-            shutil.rmtree(Path(str(self.work.path)) / "checkpoints", ignore_errors=True)
+            self._tidy()
             return finished, False
         self._begin(fingerprint)
         self.seconds["data"] = round(time.perf_counter() - start, 3)
@@ -111,7 +115,7 @@ class _Run:
         check_dims(spec, full_dim)
         dims = sorted({full_dim, *spec.dims, *([spec.stop.dim] if spec.stop else [])}, reverse=True)
         before, _ = self._measured("before", model, measured, dims)
-        history = self._train(model, prepared.pairs, watched, dims)
+        history = self._train(model, self._taught(prepared.pairs), watched, dims)
         after, vectors = self._measured("after", model, measured, dims)
         probed = measure.verdict(*vectors, spec.dims, spec.seed).figures()
         record = {
@@ -139,11 +143,15 @@ class _Run:
         )
         self._judge(probed, draft)
         output.publish(draft, self.target)
-        shutil.rmtree(Path(str(self.work.path)) / "checkpoints", ignore_errors=True)
+        self._tidy()
         log.info("train done output=%s seconds=%.1f", self.target, time.perf_counter() - start)
         found = output.read(self.target)
         assert found is not None
         return found, True
+
+    def _tidy(self) -> None:
+        for name in ("checkpoints", teacher.FOLDER):
+            shutil.rmtree(Path(str(self.work.path)) / name, ignore_errors=True)
 
     def _begin(self, fingerprint: dict[str, Any]) -> None:
         """Begin the work folder, or go on with it; StaleError where it was begun otherwise."""
@@ -173,6 +181,16 @@ class _Run:
         if when == "before":
             self.work.write(name, to_json(signed({"rows": table.to_dicts()})))
         return table, vectors
+
+    def _taught(self, pairs: pl.DataFrame) -> pl.DataFrame:
+        """The pairs with what a teacher says of them, where there is one."""
+        taught = self.spec.objective.teacher
+        if taught is None:
+            return pairs
+        start = time.perf_counter()
+        pairs = teacher.labelled(taught, teacher.resolve(taught), pairs, Path(str(self.work.path)))
+        self.seconds["teacher"] = round(time.perf_counter() - start, 3)
+        return pairs
 
     def _train(self, model: Any, pairs: pl.DataFrame, watched: data.Judged, dims: list[int]) -> list[dict[str, Any]]:
         def watch(model: Any) -> dict[str, float]:

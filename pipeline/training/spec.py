@@ -67,11 +67,25 @@ HeldOut = Annotated[
 """Tags with a hyphen are left out where a sentence names the field."""
 
 
+class Teacher(Section):
+    """A model whose full vectors every prefix of the student is to agree with."""
+
+    model: Word = Field(description="as base.model")
+    revision: Word | None = Field(None, description="required for a hub id")
+    reads: Literal["each", "anchor", "positive"] = Field(
+        "each", description="each: every text; else that column alone, for all texts of its row (as in translations)"
+    )
+
+
 class Objective(Section):
     """What training makes better."""
 
-    kind: Literal["infonce"] = Field("infonce", description="infonce: every other text of the batch is a negative")
+    kind: Literal["infonce", "distill"] = Field(
+        "infonce",
+        description="infonce: every other text of the batch is a negative; distill: cosines become the teacher's",
+    )
     temperature: float = Field(0.05, gt=0, description="cosines are divided by it")
+    teacher: Teacher | None = Field(None, description="of distill")
     cached: bool = Field(False, description="gradients in small parts, so that a large batch fits into memory")
     cached_rows: int = Field(32, ge=1, description="rows in memory at once where cached")
     weights: Weights = Field(
@@ -79,6 +93,14 @@ class Objective(Section):
         description="of the dims: all alike; alpha^i for the i-th from the largest; (largest / dim)^alpha",
     )
     alpha: float = Field(0.5, gt=0, description="for weights geometric and short")
+
+    @model_validator(mode="after")
+    def _kind_has_its_fields(self) -> Self:
+        if (self.kind == "distill") != (self.teacher is not None):
+            raise ValueError("kind distill needs a teacher, and no other kind has one")
+        if self.cached and self.kind != "infonce":
+            raise ValueError(f"cached: {self.kind} has no such form; leave it out")
+        return self
 
 
 class Stop(Section):
