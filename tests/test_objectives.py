@@ -8,9 +8,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from pipeline.errors import SpecError, StaleError
-from pipeline.training import run as training, teacher
+from pipeline.training import bases, data, engine, measure, objectives, run as training, teacher
 from tests.conftest import DIM, save_model
-from tests.training import CONCEPTS, pairs, quality, toy
+from tests.training import CONCEPTS, pairs, quality, toy, transformer
 
 FIRST = 2
 """Row of w000 in the stand-in's table."""
@@ -80,6 +80,71 @@ def test_what_a_teacher_says_is_computed_once(tmp_path, monkeypatch, caplog):
     assert np.array_equal(teacher.vectors(tmp_path), vectors)
     one = teacher.labelled(spec.objective.teacher.model_copy(update={"reads": "anchor"}), folder, rows, tmp_path)
     assert all(first == second for first, second in one["label"])
+
+
+def test_progressive_trains_small_dims_first_and_goes_on_at_its_stage(tmp_path, monkeypatch):
+    spec = toy(tmp_path, objective={"schedule": "progressive"}, dims=[32, 16, 8], epochs=9, checkpoint_steps=8)
+    assert objectives.stages(spec) == [(0, (8,)), (3, (16, 8)), (6, (32, 16, 8))]
+    encode, left = measure.encode, [5]  # before, four checkpoints; the power goes at the fifth
+
+    def ends(*given):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return encode(*given)
+
+    monkeypatch.setattr(measure, "encode", ends)
+    with pytest.raises(KeyboardInterrupt):
+        training.run(spec)
+    monkeypatch.setattr(measure, "encode", encode)
+    steps = engine.steps(spec, len(data.prepare(spec).pairs))
+    begun = load_file(tmp_path / "base" / "model.safetensors")["embedding.weight"]
+    kept = engine.newest(tmp_path / "trained.work" / "checkpoints")
+    half = load_file(kept / "model.safetensors")["embedding.weight"]
+    assert steps / 3 < int(kept.name.rpartition("-")[2]) < steps * 2 / 3
+    assert np.array_equal(half[:, 16:], begun[:, 16:])
+    assert not np.allclose(half[:, 8:16], begun[:, 8:16])
+    record, _ = training.run(spec)
+    assert quality(record)[8] > 0.9
+    curve = pl.read_parquet(tmp_path / "trained" / "curve.parquet")
+    told = {dim: set(curve.filter(pl.col("name") == f"loss_{dim}")["step"]) for dim in spec.dims}
+    assert told[8] == set(range(1, steps + 1))
+    for dim, share in ((16, 1 / 3), (32, 2 / 3)):
+        assert told[dim] == {step for step in told[8] if (step - 1) / steps >= share}
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_only_the_dims_that_are_on_move_and_their_weights_mean_one(tmp_path, cached):
+    base = {"model": str(transformer(tmp_path / "bert"))} if cached else {}
+    objective = {"schedule": {0: [8], 1.5: [32, 16]}, "weights": "short", "cached": cached}
+    spec = toy(tmp_path, objective=objective, dims=[32, 16, 8], epochs=2, **({"base": base} if base else {}))
+    model = bases.build(spec.base, bases.resolve(spec.base)).eval()
+    built = objectives.build(model, spec, tmp_path)
+    rows = pairs(16)
+    for epoch, dims in ((0, [8]), (1.4, [8]), (1.5, [32, 16, 8])):
+        built.begin(epoch)
+        features = [model.preprocess(rows[name].to_list()) for name in ("anchor", "positive")]
+        total, told = float(built.loss(features, None).detach()), built.told.taken()
+        assert sorted(told) == sorted(f"loss_{dim}" for dim in dims)
+        weights = objectives.weights(spec.objective, dims)
+        assert sum(weights) == pytest.approx(len(dims))
+        assert total == pytest.approx(
+            sum(weight * told[f"loss_{dim}"] for weight, dim in zip(weights, dims, strict=True)), abs=1e-3
+        )
+
+
+@pytest.mark.parametrize(
+    ("schedule", "says"),
+    [
+        ({0: [8]}, r"it adds \[8\], each of dims \[32, 8\] must come once"),
+        ({1: [8], 2: [32]}, "it begins at epoch 0 and ends before epoch 10"),
+        ({0: [8], 10: [32]}, "it begins at epoch 0 and ends before epoch 10"),
+        ("slow", "objective.schedule"),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused(tmp_path, schedule, says):
+    with pytest.raises(SpecError, match=says):
+        toy(tmp_path, objective={"schedule": schedule})
 
 
 @pytest.mark.parametrize(

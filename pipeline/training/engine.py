@@ -41,14 +41,14 @@ def run(
     from datasets import Dataset
     from transformers import EarlyStoppingCallback, PrinterCallback
 
-    loss, told = objectives.build(model, spec, folder.parent)
+    built = objectives.build(model, spec, folder.parent)
     trainer = _trainer_class()(
         model=model,
         args=_arguments(model, spec, kind, len(pairs), folder),
         train_dataset=Dataset(pairs.to_arrow()),
-        loss=loss,
+        loss=built.loss,
         evaluator=_evaluator(watch),
-        callbacks=[_reporter(told)],
+        callbacks=[_reporter(built, spec)],
     )
     trainer.remove_callback(PrinterCallback)
     if spec.stop is not None:
@@ -137,16 +137,19 @@ def _evaluator(watch: OnCheckpoint) -> Any:
     return Watched()
 
 
-def _reporter(told: objectives.DimLosses | None) -> Any:
+def _reporter(built: objectives.Built, spec: TrainSpec) -> Any:
     from transformers import TrainerCallback
 
     class Reporter(TrainerCallback):  # type: ignore[misc]
-        """Puts the loss of each dim beside the loss, where checkpoints keep it, and tells both."""
+        """Begins each step at its stage; puts the loss of each dim beside the loss, where checkpoints keep it."""
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+            built.begin(spec.epochs * state.global_step / state.max_steps)
 
         def on_log(self, args: Any, state: Any, control: Any, **named: Any) -> None:
             entry = state.log_history[-1]
-            if "loss" in entry and told is not None:
-                entry.update(told.taken())
+            if "loss" in entry and built.told is not None:
+                entry.update(built.told.taken())
             shown = [name for name in entry if name == "loss" or name.startswith("eval_ndcg")]
             if shown:
                 figures = " ".join(f"{name.removeprefix('eval_')}={entry[name]:.4f}" for name in shown)

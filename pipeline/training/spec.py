@@ -77,6 +77,13 @@ class Teacher(Section):
     )
 
 
+Stages = Annotated[dict[Annotated[float, Field(ge=0)], Annotated[tuple[Dim, ...], Field(min_length=1)]], Tag("stages-")]
+Schedule = Annotated[
+    Annotated[Literal["all", "progressive"], Tag("a-word")] | Stages,
+    Discriminator(lambda value: "stages-" if isinstance(value, Mapping) else "a-word"),
+]
+
+
 class Objective(Section):
     """What training makes better."""
 
@@ -93,6 +100,11 @@ class Objective(Section):
         description="of the dims: all alike; alpha^i for the i-th from the largest; (largest / dim)^alpha",
     )
     alpha: float = Field(0.5, gt=0, description="for weights geometric and short")
+    schedule: Schedule = Field(
+        "all",
+        description="all dims from the start; progressive: the smallest third of them, then the next in each third of "
+        "the training; or dims by the epoch at which they are added, as {0: [64, 32], 1.5: [384, 128]}",
+    )
 
     @model_validator(mode="after")
     def _kind_has_its_fields(self) -> Self:
@@ -153,6 +165,12 @@ class TrainSpec(Loaded):
             raise ValueError("dims: a dimension stands twice; list it once")
         if self.stop is not None and self.dims and self.stop.dim not in self.dims:
             raise ValueError(f"stop.dim: {self.stop.dim} is not among dims {list(self.dims)}")
+        if isinstance(self.objective.schedule, Mapping):
+            added = [dim for dims in self.objective.schedule.values() for dim in dims]
+            if sorted(added, reverse=True) != list(self.dims):
+                raise ValueError(f"objective.schedule: it adds {added}, each of dims {list(self.dims)} must come once")
+            if min(self.objective.schedule) > 0 or max(self.objective.schedule) >= self.epochs:
+                raise ValueError(f"objective.schedule: it begins at epoch 0 and ends before epoch {self.epochs:g}")
         if isinstance(self.held_out, HeldOutFiles) and not (self.held_out.corpus or self.data.corpus):
             raise ValueError("held_out.corpus: name its files, data has no corpus of its own")
         return self
