@@ -7,8 +7,10 @@ import polars as pl
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from pipeline.errors import SpecError, StaleError
-from pipeline.training import bases, data, engine, measure, objectives, run as training, teacher
+from pipeline import JobSpec, open_index, run
+from pipeline.encoders import models
+from pipeline.errors import FloorError, SpecError, StaleError
+from pipeline.training import bases, data, engine, heads, measure, objectives, output, run as training, teacher
 from tests.conftest import DIM, save_model
 from tests.training import CONCEPTS, pairs, quality, toy, transformer
 
@@ -82,10 +84,9 @@ def test_what_a_teacher_says_is_computed_once(tmp_path, monkeypatch, caplog):
     assert all(first == second for first, second in one["label"])
 
 
-def test_progressive_trains_small_dims_first_and_goes_on_at_its_stage(tmp_path, monkeypatch):
-    spec = toy(tmp_path, objective={"schedule": "progressive"}, dims=[32, 16, 8], epochs=9, checkpoint_steps=8)
-    assert objectives.stages(spec) == [(0, (8,)), (3, (16, 8)), (6, (32, 16, 8))]
-    encode, left = measure.encode, [5]  # before, four checkpoints; the power goes at the fifth
+def cut_off(spec, checkpoints):
+    """Train until so many checkpoints are written."""
+    encode, left = measure.encode, [1 + checkpoints]  # the first is before training
 
     def ends(*given):
         left[0] -= 1
@@ -93,10 +94,15 @@ def test_progressive_trains_small_dims_first_and_goes_on_at_its_stage(tmp_path, 
             raise KeyboardInterrupt
         return encode(*given)
 
-    monkeypatch.setattr(measure, "encode", ends)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(measure, "encode", ends)
         training.run(spec)
-    monkeypatch.setattr(measure, "encode", encode)
+
+
+def test_progressive_trains_small_dims_first_and_goes_on_at_its_stage(tmp_path):
+    spec = toy(tmp_path, objective={"schedule": "progressive"}, dims=[32, 16, 8], epochs=9, checkpoint_steps=8)
+    assert objectives.stages(spec) == [(0, (8,)), (3, (16, 8)), (6, (32, 16, 8))]
+    cut_off(spec, 4)
     steps = engine.steps(spec, len(data.prepare(spec).pairs))
     begun = load_file(tmp_path / "base" / "model.safetensors")["embedding.weight"]
     kept = engine.newest(tmp_path / "trained.work" / "checkpoints")
@@ -145,6 +151,117 @@ def test_only_the_dims_that_are_on_move_and_their_weights_mean_one(tmp_path, cac
 def test_a_schedule_that_cannot_be_is_refused(tmp_path, schedule, says):
     with pytest.raises(SpecError, match=says):
         toy(tmp_path, objective={"schedule": schedule})
+
+
+def test_a_projection_loses_nothing_that_its_width_can_hold():
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((400, 16)).astype(np.float32) @ rng.standard_normal((16, 16)).astype(np.float32)
+    cosines = vectors @ vectors.T
+    for width in (16, 24):
+        turned = vectors @ heads.projection(vectors, width, 0)
+        assert turned.shape == (400, width)
+        assert np.allclose(turned @ turned.T, cosines, atol=1e-3 * np.abs(cosines).max())
+    narrow = vectors @ heads.projection(vectors, 4, 0)
+    left, values, _ = np.linalg.svd(vectors, full_matrices=False)
+    best = (left[:, :4] * values[:4]) @ (left[:, :4] * values[:4]).T  # no other of rank 4 is nearer
+    assert np.allclose(narrow @ narrow.T, best, atol=1e-3 * np.abs(cosines).max())
+
+
+@pytest.mark.parametrize("width", [16, 48])
+def test_a_static_base_of_another_width_is_trained_and_is_a_table_still(tmp_path, width):
+    spec = toy(tmp_path, project=width, dims=[width, 8], epochs=6)
+    record, _ = training.run(spec)
+    assert record["full_dim"] == width
+    assert quality(record)[width] > 0.9
+    assert quality(record)[8] > 0.8
+    folder = models.resolve(str(tmp_path / "trained"))
+    assert (folder.dim, models.module_kinds(folder)) == (width, ["StaticEmbedding", "Normalize"])
+    with pytest.raises(SpecError, match="dims: project has 64 dimensions, and 32 is the largest here"):
+        training.run(toy(tmp_path, project=64))
+
+
+def test_a_transformer_of_another_width_keeps_its_cosines_at_the_start_and_runs_a_job(tmp_path):
+    base = {"model": str(transformer(tmp_path / "bert"))}
+    spec = toy(tmp_path, base=base, project=48, dims=[48, 8], epochs=1)
+    texts = pairs(50)["anchor"].to_list()
+    folder = bases.resolve(spec.base)
+    before, model = bases.build(spec.base, folder).encode(texts), bases.build(spec.base, folder)
+    heads.add(model, spec, texts, "transformer", 2e-5)
+    after = model.encode(texts)
+    assert after.shape == (50, 48)
+    assert np.allclose(after @ after.T, before @ before.T, atol=1e-5)
+    model.save(str(tmp_path / "wide"), create_model_card=False)
+    folder = models.resolve(str(tmp_path / "wide"))
+    assert (folder.dim, models.module_kinds(folder)[-2:]) == (48, ["Dense", "Normalize"])
+    pairs(60).with_row_index("id").write_parquet(tmp_path / "corpus.parquet")
+    job = {
+        "name": "wide",
+        "root": str(tmp_path / "root"),
+        "corpus": {"source": str(tmp_path / "corpus.parquet"), "id": "id", "text": "anchor"},
+        "model": {"name": folder.path},
+        "transform": {"kind": "none", "accept_loss": True},
+        "prefixes": [{"dim": 8, "precision": "float16"}],
+        "evaluate": {"shortlists": []},
+        "workers": {"count": 0},
+    }
+    run(JobSpec.of(job))
+    found = open_index(str(tmp_path / "root"), device="cpu").search(texts[7], k=1)
+    assert found["text"].to_list() == [texts[7]]
+
+
+def noisy(folder):
+    """The toy's base, which knows every concept in its last 16 dimensions; its first 16 are noise, as loud."""
+    rng = np.random.default_rng(3)
+    weights = save_model(folder) / "model.safetensors"
+    table = rng.standard_normal((302, DIM)).astype(np.float32)
+    table[FIRST + CONCEPTS : FIRST + 2 * CONCEPTS, 16:] = table[FIRST : FIRST + CONCEPTS, 16:]
+    save_file({"embedding.weight": table}, weights)
+    return str(folder)
+
+
+def test_a_gate_finds_the_dimensions_that_matter_and_leaves_a_plain_model(tmp_path):
+    base = {"model": noisy(tmp_path / "noisy")}
+    changes = {"base": base, "learning_rate": 0.001, "epochs": 6, "dims": [32, 16, 8]}
+    spec = toy(tmp_path, objective={"gate": True}, **changes)
+    cut_off(spec, 4)  # and goes on with what the gate had learnt
+    gated, _ = training.run(spec)
+    with pytest.raises(FloorError, match="prefixes do not hold"):
+        training.run(toy(tmp_path, output=str(tmp_path / "plain"), **changes))
+    plain = output.read(tmp_path / "plain.work" / "model")
+    assert quality(gated, "before")[8] == quality(plain, "before")[8] < 0.2
+    assert quality(gated)[8] > quality(plain)[8] + 0.2
+    folder = models.resolve(str(tmp_path / "trained"))
+    assert models.module_kinds(folder) == ["StaticEmbedding", "Normalize"]
+    before, after = (
+        load_file(tmp_path / name / "model.safetensors")["embedding.weight"] for name in ("noisy", "trained")
+    )
+    near = np.abs(np.corrcoef(after[:82].T, before[:82].T)[:DIM, DIM:]).argmax(axis=1)
+    assert (near[:16] >= 16).mean() > 0.9
+
+
+def test_a_gate_is_baked_into_a_transformers_layer_without_a_change(tmp_path):
+    import torch
+
+    base = {"model": str(transformer(tmp_path / "bert"))}
+    spec = toy(tmp_path, base=base, objective={"gate": True}, epochs=1)
+    folder, texts = bases.resolve(spec.base), pairs(50)["anchor"].to_list()
+    model = bases.build(spec.base, folder)
+    heads.add(model, spec, texts, "transformer", 2e-5)
+    gate = heads.gate_of(model)
+    before = model.encode(texts)
+    features = model.preprocess(texts)
+    for module in list(model)[:-2]:
+        features = module(features)
+    gate.train()(features)
+    gate.grown.data += torch.linspace(0, 0.001, DIM)
+    gate.settle()
+    gate.eval()
+    gated = model.encode(texts)
+    assert gate.order.tolist() != list(range(DIM))
+    assert not np.allclose(gated, before, atol=0.01)
+    heads.bake(model)
+    assert heads.gate_of(model) is None
+    assert np.allclose(model.encode(texts), gated, atol=1e-5)
 
 
 @pytest.mark.parametrize(

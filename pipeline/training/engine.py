@@ -34,6 +34,11 @@ def steps(spec: TrainSpec, pairs: int) -> int:
     return max(1, math.ceil(spec.epochs * max(1, pairs // spec.batch_size)))
 
 
+def rate(spec: TrainSpec, kind: str) -> float:
+    """The learning rate."""
+    return RATES[kind] if spec.learning_rate == "auto" else spec.learning_rate
+
+
 def run(
     model: Any, spec: TrainSpec, kind: str, pairs: pl.DataFrame, folder: Path, watch: OnCheckpoint
 ) -> list[dict[str, Any]]:
@@ -88,7 +93,7 @@ def _arguments(model: Any, spec: TrainSpec, kind: str, pairs: int, folder: Path)
         output_dir=str(folder),
         max_steps=count,
         per_device_train_batch_size=min(spec.batch_size, pairs),
-        learning_rate=RATES[kind] if spec.learning_rate == "auto" else spec.learning_rate,
+        learning_rate=rate(spec, kind),
         warmup_steps=math.ceil(WARMUP * count),
         bf16=spec.precision == "bfloat16",
         fp16=spec.precision == "float16",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.training import teacher
+from pipeline.training import heads, teacher
 from pipeline.training.spec import Objective, TrainSpec, Weights
 
 log = logging.getLogger(__name__)
@@ -161,7 +161,11 @@ def build(model: Any, spec: TrainSpec, work: Path) -> Built:
     planned = stages(spec)
     _hold_what_is_off(model, told)
 
+    gate = heads.gate_of(model)
+
     def begin(epoch: float) -> None:
+        if gate is not None:
+            gate.settle()
         dims = [dims for start, dims in planned if start <= epoch][-1]
         if dims == told.dims:
             return

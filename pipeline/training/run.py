@@ -17,7 +17,7 @@ from pipeline import lock
 from pipeline.cores import has
 from pipeline.errors import DataError, FloorError, PipelineError, SpecError, StaleError
 from pipeline.storage import Root, not_writable, read_signed, signed, to_json
-from pipeline.training import bases, data, engine, measure, output, teacher
+from pipeline.training import bases, data, engine, heads, measure, output, teacher
 from pipeline.training.spec import TrainSpec
 
 log = logging.getLogger(__name__)
@@ -38,8 +38,8 @@ def check(spec: TrainSpec) -> Any:
     folder = bases.resolve(spec.base)
     if spec.objective.cached and bases.kind(spec.base, folder) == "static":
         raise SpecError("objective.cached: a static model needs no parts, its batches take little memory; leave it out")
-    if folder.dim is not None:
-        check_dims(spec, folder.dim)
+    if (full_dim := spec.project or folder.dim) is not None:
+        check_dims(spec, full_dim)
     if spec.objective.teacher is not None:
         teacher.resolve(spec.objective.teacher)
     data.check(spec.data, spec.held_out)
@@ -48,10 +48,14 @@ def check(spec: TrainSpec) -> Any:
 
 def check_dims(spec: TrainSpec, full_dim: int) -> None:
     """SpecError where the dims do not fit a model of that dimension."""
+    whose = spec.base.model if spec.project is None else "project"
     if spec.dims and max(spec.dims) != full_dim:
-        raise SpecError(f"dims: {spec.base.model} has {full_dim} dimensions, and {max(spec.dims)} is the largest here")
+        raise SpecError(
+            f"dims: {whose} has {full_dim} dimensions, and {max(spec.dims)} is the largest here; "
+            "make them equal (project sets another width)"
+        )
     if spec.stop is not None and spec.stop.dim > full_dim:
-        raise SpecError(f"stop.dim: {spec.base.model} has {full_dim} dimensions, {spec.stop.dim} was asked for")
+        raise SpecError(f"stop.dim: {whose} has {full_dim} dimensions, {spec.stop.dim} was asked for")
 
 
 def run(spec: TrainSpec) -> tuple[dict[str, Any], bool]:
@@ -111,6 +115,8 @@ class _Run:
         model = bases.build(spec.base, self.folder)
         if not _is_finite(model):
             raise DataError(f"base.model: {self.folder.name} holds weights that are no numbers; choose another")
+        texts = [*prepared.pairs["anchor"], *prepared.pairs["positive"]]
+        heads.add(model, spec, texts, self.kind, engine.rate(spec, self.kind))
         full_dim = bases.width(model)
         check_dims(spec, full_dim)
         dims = sorted({full_dim, *spec.dims, *([spec.stop.dim] if spec.stop else [])}, reverse=True)
@@ -201,6 +207,7 @@ class _Run:
         start = time.perf_counter()
         checkpoints = Path(str(self.work.path)) / "checkpoints"
         history = engine.run(model, self.spec, self.kind, pairs, checkpoints, watch)
+        heads.bake(model)
         self.seconds["train"] = round(time.perf_counter() - start, 3)
         if not _is_finite(model):
             raise PipelineError("training came to weights that are no numbers; lower learning_rate, or set precision")

@@ -106,6 +106,10 @@ class Objective(Section):
         "the training; or dims by the epoch at which they are added, as {0: [64, 32], 1.5: [384, 128]}",
     )
 
+    gate: bool = Field(
+        False, description="learn which dimensions matter and put these first, so that prefixes are chosen, not given"
+    )
+
     @model_validator(mode="after")
     def _kind_has_its_fields(self) -> Self:
         if (self.kind == "distill") != (self.teacher is not None):
@@ -150,6 +154,9 @@ class TrainSpec(Loaded):
     dims: Annotated[tuple[Dim, ...], BeforeValidator(_falling)] = Field(
         description="prefixes that are trained, the model's own dimension among them; []: no Matryoshka loss"
     )
+    project: Dim | None = Field(
+        None, description="width of the model, where it is not to be the base's: its strongest axes, or a wider space"
+    )
     objective: Objective = Objective()
     epochs: float = Field(1, gt=0)
     batch_size: int = Field(256, ge=2)
@@ -165,6 +172,8 @@ class TrainSpec(Loaded):
             raise ValueError("dims: a dimension stands twice; list it once")
         if self.stop is not None and self.dims and self.stop.dim not in self.dims:
             raise ValueError(f"stop.dim: {self.stop.dim} is not among dims {list(self.dims)}")
+        if self.objective.gate and not self.dims:
+            raise ValueError("objective.gate: it orders dimensions for prefixes; give dims")
         if isinstance(self.objective.schedule, Mapping):
             added = [dim for dims in self.objective.schedule.values() for dim in dims]
             if sorted(added, reverse=True) != list(self.dims):
