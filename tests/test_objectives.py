@@ -11,7 +11,7 @@ from pipeline import JobSpec, open_index, run
 from pipeline.encoders import models
 from pipeline.errors import FloorError, SpecError, StaleError
 from pipeline.training import bases, data, engine, heads, measure, objectives, output, run as training, teacher
-from tests.conftest import DIM, save_model
+from tests.conftest import DIM, WORDS, save_model
 from tests.training import CONCEPTS, pairs, quality, toy, transformer
 
 FIRST = 2
@@ -262,6 +262,75 @@ def test_a_gate_is_baked_into_a_transformers_layer_without_a_change(tmp_path):
     heads.bake(model)
     assert heads.gate_of(model) is None
     assert np.allclose(model.encode(texts), gated, atol=1e-5)
+
+
+def test_a_distilled_table_holds_what_the_transformer_makes_of_each_token(tmp_path):
+    base = {"model": str(transformer(tmp_path / "bert")), "kind": "static", "init": "distill"}
+    spec = toy(tmp_path, base=base)
+    folder = bases.resolve(spec.base)
+    texts = ["w001 w002", "w001 w003", "w001", "w001 w004 w005"]
+    table = bases.build(spec.base, folder, texts)[0].embedding.weight.detach().numpy()
+    model = bases.build(spec.base.model_copy(update={"kind": "transformer", "init": "tokens"}), folder)
+    words = ["w001", "w002", "w100", "w101"]
+    features = model.preprocess(words)
+    for module in list(model)[:-1]:
+        features = module(features)
+    wanted = features["sentence_embedding"].detach().numpy()
+    frequency = np.array([4 / 8, 1 / 8, 0, 0])
+    rows = table[[5 + int(word[1:]) for word in words]] * (1 + frequency / bases.SIF)[:, None]
+    for one in range(4):  # principal axes turn and centre: distances stay
+        distances = (np.linalg.norm(vectors - vectors[one], axis=1) for vectors in (rows, wanted))
+        assert np.allclose(*distances, rtol=1e-3, atol=1e-4)
+    variances = table[10:].var(axis=0)
+    assert (np.diff(variances) <= 2e-3).all()  # of all but a few tokens
+    with pytest.raises(SpecError, match="init: distill makes a static model; set kind: static too"):
+        toy(tmp_path, base={"model": "a", "init": "distill"})
+    with pytest.raises(SpecError, match="base.init: .* has one vector per token already"):
+        training.run(toy(tmp_path, base={"model": str(tmp_path / "base"), "kind": "static", "init": "distill"}))
+
+
+def test_a_negative_is_pushed_away(tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    rows, rng = pairs(), np.random.default_rng(1)
+    others = [WORDS[CONCEPTS + one] for one in rng.integers(0, CONCEPTS, len(rows))]
+    near = [f"{text[: -len('w000')]}{other}" for text, other in zip(rows["positive"], others, strict=True)]
+    rows = rows.with_columns(pl.Series("negative", near)).filter(pl.col("negative") != pl.col("positive"))
+    spec = toy(tmp_path, epochs=2, dims=[])  # makes the base's folder
+    rows.write_parquet(tmp_path / "triplets.parquet")
+    margins = {}
+    for negative in (None, "negative"):
+        given = {"source": str(tmp_path / "triplets.parquet"), "anchor": "anchor", "positive": "positive"}
+        spec = toy(
+            tmp_path, data={**given, "negative": negative}, output=str(tmp_path / f"{negative}"), dims=[], epochs=3
+        )
+        training.run(spec)
+        held = rows.filter(pl.col("anchor").is_in(data.prepare(spec).held_out.queries["text"].to_list()))
+        model = SentenceTransformer(spec.output, device="cpu")
+        anchors, found, wrong = (model.encode(held[name].to_list()) for name in held.columns)
+        margins[negative] = float(((found - wrong) * anchors).sum(axis=1).mean())
+    assert margins["negative"] > margins[None] + 0.05
+
+
+def test_a_cached_batch_has_the_gradients_of_a_whole_one_and_trains(tmp_path, monkeypatch):
+    base = {"model": str(transformer(tmp_path / "bert"))}
+    rows, gradients = pairs(48), {}
+    for cached in (False, True):
+        objective = {"cached": cached, "cached_rows": 16, "weights": "short"}
+        spec = toy(tmp_path, base=base, objective=objective, epochs=5, learning_rate=0.01, batch_size=48)
+        model = bases.build(spec.base, bases.resolve(spec.base)).eval()
+        built = objectives.build(model, spec, tmp_path)
+        built.loss([model.preprocess(rows[name].to_list()) for name in ("anchor", "positive")], None).backward()
+        gradients[cached] = model[0].model.embeddings.word_embeddings.weight.grad.numpy()
+    assert np.abs(gradients[True]).max() > 1e-3
+    assert np.allclose(gradients[True], gradients[False], rtol=1e-3, atol=1e-5)
+    monkeypatch.setattr(training._Run, "_judge", lambda *given: None)  # a few steps make no model
+    pairs(200).write_parquet(tmp_path / "pairs.parquet")
+    training.run(spec)
+    curve = pl.read_parquet(tmp_path / "trained" / "curve.parquet")
+    for name in ("loss_32", "loss_8"):
+        values = curve.filter(pl.col("name") == name)["value"]
+        assert values[-1] < 0.7 * values[0]
 
 
 @pytest.mark.parametrize(

@@ -112,10 +112,10 @@ class _Run:
             return finished, False
         self._begin(fingerprint)
         self.seconds["data"] = round(time.perf_counter() - start, 3)
-        model = bases.build(spec.base, self.folder)
+        texts = [*prepared.pairs["anchor"], *prepared.pairs["positive"]]
+        model = bases.build(spec.base, self.folder, texts)
         if not _is_finite(model):
             raise DataError(f"base.model: {self.folder.name} holds weights that are no numbers; choose another")
-        texts = [*prepared.pairs["anchor"], *prepared.pairs["positive"]]
         heads.add(model, spec, texts, self.kind, engine.rate(spec, self.kind))
         full_dim = bases.width(model)
         check_dims(spec, full_dim)

@@ -20,7 +20,18 @@ class Base(Section):
     kind: Literal["auto", "transformer", "static"] = Field(
         "auto", description="auto: what the model is; static: one vector per token, taken from a transformer"
     )
+    init: Literal["tokens", "distill"] = Field(
+        "tokens",
+        description="of static: tokens: the transformer's table as it is; distill: what the transformer makes of each "
+        "token alone, centred, along its principal axes, frequent tokens weighed less",
+    )
     max_tokens: int | None = Field(None, ge=1, description="of a transformer's texts; null: the model's own limit")
+
+    @model_validator(mode="after")
+    def _init_is_of_static(self) -> Self:
+        if self.init != "tokens" and self.kind != "static":
+            raise ValueError("init: distill makes a static model; set kind: static too")
+        return self
 
 
 class Data(Section):
