@@ -29,7 +29,7 @@ def knowing(folder, columns=slice(0, DIM)):
 
 def distilled(folder, model, reads="each", **changes):
     objective = {"kind": "distill", "teacher": {"model": model, "reads": reads}, "temperature": 0.1}
-    return toy(folder, objective=objective, **changes)
+    return toy(folder, objective=objective, checkpoint_steps=99, **changes)
 
 
 def test_a_student_takes_over_its_teachers_cosines_at_every_prefix(tmp_path):
@@ -169,7 +169,7 @@ def test_a_projection_loses_nothing_that_its_width_can_hold():
 
 @pytest.mark.parametrize("width", [16, 48])
 def test_a_static_base_of_another_width_is_trained_and_is_a_table_still(tmp_path, width):
-    spec = toy(tmp_path, project=width, dims=[width, 8], epochs=6)
+    spec = toy(tmp_path, project=width, dims=[width, 8], epochs=6, checkpoint_steps=99)
     record, _ = training.run(spec)
     assert record["full_dim"] == width
     assert quality(record)[width] > 0.9
@@ -193,6 +193,9 @@ def test_a_transformer_of_another_width_keeps_its_cosines_at_the_start_and_runs_
     model.save(str(tmp_path / "wide"), create_model_card=False)
     folder = models.resolve(str(tmp_path / "wide"))
     assert (folder.dim, models.module_kinds(folder)[-2:]) == (48, ["Dense", "Normalize"])
+    again = bases.build(toy(tmp_path, base={"model": folder.path}, dims=[48]).base, folder)
+    heads.add(again, toy(tmp_path, project=16, dims=[16]), texts, "transformer", 2e-5)
+    assert (again.encode(texts).shape, len(list(again))) == ((50, 16), 5)
     pairs(60).with_row_index("id").write_parquet(tmp_path / "corpus.parquet")
     job = {
         "name": "wide",
@@ -317,7 +320,9 @@ def test_a_cached_batch_has_the_gradients_of_a_whole_one_and_trains(tmp_path, mo
     rows, gradients = pairs(48), {}
     for cached in (False, True):
         objective = {"cached": cached, "cached_rows": 16, "weights": "short"}
-        spec = toy(tmp_path, base=base, objective=objective, epochs=5, learning_rate=0.01, batch_size=48)
+        spec = toy(
+            tmp_path, base=base, objective=objective, epochs=5, learning_rate=0.01, batch_size=48, checkpoint_steps=99
+        )
         model = bases.build(spec.base, bases.resolve(spec.base)).eval()
         built = objectives.build(model, spec, tmp_path)
         built.loss([model.preprocess(rows[name].to_list()) for name in ("anchor", "positive")], None).backward()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import rotation
+from pipeline.training.measure import ROWS_AT_ONCE
 from pipeline.training.spec import TrainSpec
 from pipeline.transform import Moments
 from pipeline.vectors import Matrix
@@ -21,8 +22,8 @@ SAMPLE = {"static": 10_000, "transformer": 2_000}
 GATE_STEP = 0.03
 """Change of a gate's logarithm in a step at the full learning rate, whatever that rate is (assumed: a dimension can
 be silenced to a twentieth in 100 steps)."""
-GATE = "gate"
-"""Its name among the model's modules."""
+DENSE, GATE = "projection", "gate"
+"""Their names among the model's modules."""
 
 
 def add(model: Any, spec: TrainSpec, texts: Sequence[str], kind: str, rate: float) -> None:
@@ -30,9 +31,9 @@ def add(model: Any, spec: TrainSpec, texts: Sequence[str], kind: str, rate: floa
     if spec.project is not None:
         _project(model, spec.project, _sampled(model, spec, texts, kind), spec.seed)
     if spec.objective.gate:
-        if kind != "static" and spec.project is None:  # what the gate is baked into
+        if not (_is_table(model) or spec.project):  # what the gate is baked into
             width = int(model.get_embedding_dimension())
-            _put_before_end(model, "dense", _linear(np.eye(width, dtype=np.float32)))
+            _put_before_end(model, DENSE, _linear(np.eye(width, dtype=np.float32)))
         _put_before_end(model, GATE, _gate_class()(int(model.get_embedding_dimension()), GATE_STEP / rate))
 
 
@@ -55,8 +56,6 @@ def projection(vectors: Matrix, width: int, seed: int) -> Matrix:
 
 def _sampled(model: Any, spec: TrainSpec, texts: Sequence[str], kind: str) -> Matrix:
     """Vectors of some of the texts."""
-    from pipeline.training.measure import ROWS_AT_ONCE
-
     distinct = sorted(set(texts))
     chosen = np.random.default_rng(spec.seed).permutation(len(distinct))[: SAMPLE[kind]]
     options = {"batch_size": ROWS_AT_ONCE[kind], "convert_to_numpy": True, "show_progress_bar": False}
@@ -67,21 +66,26 @@ def _project(model: Any, width: int, vectors: Matrix, seed: int) -> None:
     matrix = projection(vectors, width, seed)
     kept = float(np.square(vectors @ matrix).sum() / max(float(np.square(vectors).sum()), 1e-12))
     log.info("base projected dim=%d to=%d energy_kept=%.4f", vectors.shape[1], width, kept)
-    if not _turn_table(model, matrix):
-        _put_before_end(model, "dense", _linear(matrix))
+    if _is_table(model):
+        _turn_table(model, matrix)
+    else:
+        _put_before_end(model, DENSE, _linear(matrix))
 
 
-def _turn_table(model: Any, matrix: Matrix) -> bool:
-    """A static table times the matrix; False where the model has none. A mean of rows times it is the same."""
+def _is_table(model: Any) -> bool:
+    """Whether nothing but a normalisation follows a static table."""
+    kinds = [type(module).__name__ for module in model]
+    return kinds in (["StaticEmbedding"], ["StaticEmbedding", "Normalize"])
+
+
+def _turn_table(model: Any, matrix: Matrix) -> None:
+    """The table times the matrix: a mean of its rows times the matrix is the same."""
     import torch
 
-    table = getattr(model[0], "embedding", None)
-    if type(model[0]).__name__ != "StaticEmbedding" or table is None:
-        return False
+    table = model[0].embedding
     turned = table.weight.detach() @ torch.from_numpy(matrix).to(table.weight)
     table.weight = torch.nn.Parameter(turned.contiguous())
     table.embedding_dim = model[0].embedding_dim = matrix.shape[1]
-    return True
 
 
 def _linear(matrix: Matrix) -> Any:
@@ -96,7 +100,8 @@ def _put_before_end(model: Any, name: str, module: Any) -> None:
     """Last, or before the last where that brings vectors to length 1; the rest keep their names and order."""
     named = list(model.named_children())
     place = len(named) - (type(named[-1][1]).__name__ == "Normalize")
-    name = name if name == GATE else str(len(named))
+    while name in dict(named):  # a base that was projected before
+        name += "_"
     named.insert(place, (name, module.to(model.device)))
     for old, _ in list(model.named_children()):
         del model._modules[old]
@@ -172,13 +177,12 @@ def bake(model: Any) -> None:
         return
     import torch
 
+    before = model[list(dict(model.named_children())).index(GATE) - 1]
     with torch.no_grad():
         scale, order = gate.scale()[gate.order], gate.order
-        if type(model[0]).__name__ == "StaticEmbedding":
-            table = model[0].embedding
-            table.weight = torch.nn.Parameter((table.weight[:, order] * scale).contiguous())
+        if type(before).__name__ == "StaticEmbedding":
+            before.embedding.weight = torch.nn.Parameter((before.embedding.weight[:, order] * scale).contiguous())
         else:
-            layer = model[list(dict(model.named_children())).index(GATE) - 1].linear
-            layer.weight = torch.nn.Parameter((layer.weight[order] * scale[:, None]).contiguous())
+            before.linear.weight = torch.nn.Parameter((before.linear.weight[order] * scale[:, None]).contiguous())
     del model._modules[GATE]
     log.info("gate baked first=%s", ",".join(str(int(place)) for place in order[:8]))
