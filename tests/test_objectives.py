@@ -153,6 +153,16 @@ def test_a_schedule_that_cannot_be_is_refused(tmp_path, schedule, says):
         toy(tmp_path, objective={"schedule": schedule})
 
 
+def test_options_that_do_not_go_together_are_refused(tmp_path):
+    spec = toy(tmp_path)
+    with pytest.raises(SpecError, match="stop: it could end before objective.schedule has added all dims"):
+        toy(tmp_path, objective={"schedule": "progressive"}, stop={"dim": 8})
+    with pytest.raises(SpecError, match="objective.gate: it orders dimensions for prefixes; give dims"):
+        toy(tmp_path, objective={"gate": True}, dims=[])
+    with pytest.raises(SpecError, match="objective.teacher.reads: a negative is no other way to say the same"):
+        distilled(tmp_path, "a", "anchor", data={**spec.data.model_dump(), "negative": "other"})
+
+
 def test_a_projection_loses_nothing_that_its_width_can_hold():
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((400, 16)).astype(np.float32) @ rng.standard_normal((16, 16)).astype(np.float32)
@@ -336,6 +346,17 @@ def test_a_cached_batch_has_the_gradients_of_a_whole_one_and_trains(tmp_path, mo
     for name in ("loss_32", "loss_8"):
         values = curve.filter(pl.col("name") == name)["value"]
         assert values[-1] < 0.7 * values[0]
+
+
+def test_a_transformer_teaches_with_its_own_vectors(tmp_path):
+    model = str(transformer(tmp_path / "bert"))
+    spec, rows = distilled(tmp_path, model), pairs(40)
+    told = teacher.labelled(spec.objective.teacher, teacher.resolve(spec.objective.teacher), rows, tmp_path)
+    wanted = bases.build(toy(tmp_path, base={"model": model}).base, models.resolve(model)).encode(
+        rows["positive"].to_list()
+    )
+    places = [label[rows.columns.index("positive")] for label in told["label"]]
+    assert np.allclose(teacher.vectors(tmp_path)[places], wanted, atol=2e-3)
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,20 @@ class TrainSpec(Loaded):
             raise ValueError("dims: a dimension stands twice; list it once")
         if self.stop is not None and self.dims and self.stop.dim not in self.dims:
             raise ValueError(f"stop.dim: {self.stop.dim} is not among dims {list(self.dims)}")
+        if isinstance(self.held_out, HeldOutFiles) and not (self.held_out.corpus or self.data.corpus):
+            raise ValueError("held_out.corpus: name its files, data has no corpus of its own")
+        return self
+
+    @model_validator(mode="after")
+    def _objective_fits(self) -> Self:
+        if self.objective.schedule != "all" and not self.dims:
+            raise ValueError("objective.schedule: it adds dims; give some")
+        if self.objective.schedule != "all" and self.stop is not None:
+            raise ValueError("stop: it could end before objective.schedule has added all dims; leave one of them out")
+        if self.objective.teacher is not None and self.objective.teacher.reads != "each" and self.data.negative:
+            raise ValueError(
+                "objective.teacher.reads: a negative is no other way to say the same; leave it out of data"
+            )
         if self.objective.gate and not self.dims:
             raise ValueError("objective.gate: it orders dimensions for prefixes; give dims")
         if isinstance(self.objective.schedule, Mapping):
@@ -191,6 +205,4 @@ class TrainSpec(Loaded):
                 raise ValueError(f"objective.schedule: it adds {added}, each of dims {list(self.dims)} must come once")
             if min(self.objective.schedule) > 0 or max(self.objective.schedule) >= self.epochs:
                 raise ValueError(f"objective.schedule: it begins at epoch 0 and ends before epoch {self.epochs:g}")
-        if isinstance(self.held_out, HeldOutFiles) and not (self.held_out.corpus or self.data.corpus):
-            raise ValueError("held_out.corpus: name its files, data has no corpus of its own")
         return self
