@@ -19,7 +19,7 @@ from pipeline.training import data, engine, measure, objectives, run as training
 from pipeline.training.spec import Objective, TrainSpec
 from pipeline.vectors import truncate, unit
 from tests.conftest import save_model
-from tests.training import pairs, quality, toy
+from tests.training import pairs, quality, toy, transformer
 
 
 @pytest.fixture(scope="module")
@@ -307,7 +307,8 @@ def test_losses_are_told_of_each_dim_without_their_weights(tmp_path, cached):
     objective = {"weights": "short", "cached": cached, "cached_rows": 4, "temperature": 0.1}
     spec = toy(tmp_path, base=base, objective=objective)
     model = bases.build(spec.base, bases.resolve(spec.base)).eval()
-    loss, told = objectives.build(model, spec)
+    built = objectives.build(model, spec, tmp_path)
+    loss, told = built.loss, built.told
     rows = pairs(16)
     features = [model.preprocess(rows[name].to_list()) for name in ("anchor", "positive")]
     total = float(loss(features, None).detach())
@@ -351,29 +352,6 @@ def test_a_table_of_a_transformer_reads_long_texts_whole(tmp_path):
     assert bases.kind(toy(tmp_path, base={"model": folder.path}).base, folder) == "transformer"
     with pytest.raises(SpecError, match="base.max_tokens: a static model reads texts of any length"):
         bases.resolve(toy(tmp_path, base={"model": folder.path, "kind": "static", "max_tokens": 8}).base)
-
-
-def transformer(folder, width=32):
-    """A BERT of one layer with random weights whose tokenizer cuts at 16 tokens."""
-    import torch
-    import transformers as hf
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-
-    from tests.conftest import WORDS
-
-    plain = folder.with_name(f"{folder.name}-plain")
-    plain.mkdir()
-    (plain / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    torch.manual_seed(0)
-    sizes = {"hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
-    config = hf.BertConfig(vocab_size=5 + len(WORDS), max_position_embeddings=32, **sizes)
-    hf.BertModel(config).save_pretrained(plain)
-    hf.BertTokenizerFast(str(plain / "vocab.txt"), model_max_length=16).save_pretrained(plain)
-    inner = Transformer(str(plain), max_seq_length=16)
-    model = SentenceTransformer(modules=[inner, Pooling(width), Normalize()], device="cpu")
-    model.save(str(folder), create_model_card=False)
-    return folder
 
 
 def test_bfloat16_trains_a_transformer_whose_weights_and_figures_are_float32(tmp_path, monkeypatch):

@@ -52,3 +52,24 @@ def toy(folder, **changes):
 def quality(record, when="after"):
     """nDCG by dim."""
     return {row["dim"]: row["ndcg"] for row in record["evaluation"] if row["when"] == when}
+
+
+def transformer(folder, width=32):
+    """A BERT of one layer with random weights whose tokenizer cuts at 16 tokens."""
+    import torch
+    import transformers as hf
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+
+    plain = folder.with_name(f"{folder.name}-plain")
+    plain.mkdir()
+    (plain / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    config = hf.BertConfig(vocab_size=5 + len(WORDS), max_position_embeddings=32, **sizes)
+    hf.BertModel(config).save_pretrained(plain)
+    hf.BertTokenizerFast(str(plain / "vocab.txt"), model_max_length=16).save_pretrained(plain)
+    inner = Transformer(str(plain), max_seq_length=16)
+    model = SentenceTransformer(modules=[inner, Pooling(width), Normalize()], device="cpu")
+    model.save(str(folder), create_model_card=False)
+    return folder

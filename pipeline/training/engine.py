@@ -37,6 +37,11 @@ def steps(spec: TrainSpec, pairs: int) -> int:
     return max(1, math.ceil(spec.epochs * max(1, pairs // spec.batch_size)))
 
 
+def rate(spec: TrainSpec, kind: str) -> float:
+    """The learning rate."""
+    return RATES[kind] if spec.learning_rate == "auto" else spec.learning_rate
+
+
 def run(
     model: Any, spec: TrainSpec, kind: str, pairs: pl.DataFrame, folder: Path, watch: OnCheckpoint, on_step: OnStep
 ) -> list[dict[str, Any]]:
@@ -48,16 +53,16 @@ def run(
     from datasets import Dataset
     from transformers import EarlyStoppingCallback, PrinterCallback
 
-    loss, told = objectives.build(model, spec)
+    built = objectives.build(model, spec, folder.parent)
     if spec.workers.spread:
-        see_all(loss)
+        see_all(built.loss)
     trainer = _trainer_class()(
         model=model,
         args=_arguments(model, spec, kind, len(pairs), folder),
         train_dataset=Dataset(pairs.to_arrow()),
-        loss=loss,
+        loss=built.loss,
         evaluator=_evaluator(watch),
-        callbacks=[_reporter(told, on_step)],
+        callbacks=[_reporter(built, spec, on_step)],
     )
     trainer.remove_callback(PrinterCallback)
     if spec.stop is not None:
@@ -123,7 +128,7 @@ def _arguments(model: Any, spec: TrainSpec, kind: str, pairs: int, folder: Path)
         per_device_train_batch_size=min(spec.batch_size, pairs // workers * workers),
         accelerator_config={"split_batches": True},  # a batch is that of all workers together
         ddp_backend=("nccl" if on_gpu else "gloo") if spec.workers.spread else None,
-        learning_rate=RATES[kind] if spec.learning_rate == "auto" else spec.learning_rate,
+        learning_rate=rate(spec, kind),
         warmup_steps=math.ceil(WARMUP * count),
         bf16=spec.precision == "bfloat16",
         fp16=spec.precision == "float16",
@@ -172,14 +177,20 @@ def _evaluator(watch: OnCheckpoint) -> Any:
     return Watched()
 
 
-def _reporter(told: objectives.DimLosses | None, on_step: OnStep) -> Any:
+def _reporter(built: objectives.Built, spec: TrainSpec, on_step: OnStep) -> Any:
     from transformers import TrainerCallback
 
     class Reporter(TrainerCallback):  # type: ignore[misc]
-        """Puts the loss of each dim beside the loss, where checkpoints keep it, and tells both and the progress."""
+        """Begins each step at its stage; puts the loss of each dim beside the loss, where checkpoints keep it.
+
+        Tells both, and the progress.
+        """
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **named: Any) -> None:
             self._began = state.global_step
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+            built.begin(spec.epochs * state.global_step / state.max_steps)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
             if state.is_world_process_zero:
@@ -188,8 +199,8 @@ def _reporter(told: objectives.DimLosses | None, on_step: OnStep) -> Any:
 
         def on_log(self, args: Any, state: Any, control: Any, **named: Any) -> None:
             entry = state.log_history[-1]
-            if "loss" in entry and told is not None:
-                entry.update(_mean_of_all(told.taken()))
+            if "loss" in entry and built.told is not None:
+                entry.update(_mean_of_all(built.told.taken()))
             shown = [name for name in entry if name == "loss" or name.startswith("eval_ndcg")]
             if shown and state.is_world_process_zero:
                 figures = " ".join(f"{name.removeprefix('eval_')}={entry[name]:.4f}" for name in shown)

@@ -17,7 +17,7 @@ from pipeline import lock
 from pipeline.cores import has
 from pipeline.errors import DataError, FloorError, PipelineError, SpecError, StaleError
 from pipeline.storage import Root, not_writable, read_signed, signed, to_json
-from pipeline.training import bases, data, distributed, engine, measure, output, page
+from pipeline.training import bases, data, distributed, engine, heads, measure, output, page, teacher
 from pipeline.training.spec import TrainSpec
 from pipeline.workers import Progress
 
@@ -43,22 +43,27 @@ def check(spec: TrainSpec) -> Any:
         raise SpecError("objective.cached: a static model needs no parts, its batches take little memory; leave it out")
     if spec.precision != "float32" and bases.kind(spec.base, folder) == "static":
         raise SpecError("precision: a static model only adds vectors up, in float32; leave it out")
-    if folder.dim is not None:
-        check_dims(spec, folder.dim)
+    if (full_dim := spec.project or folder.dim) is not None:
+        check_dims(spec, full_dim)
+    if spec.objective.teacher is not None:
+        if spec.workers.spread:
+            raise SpecError("workers: distillation compares all texts of a batch with each other; train in one process")
+        teacher.resolve(spec.objective.teacher)
     data.check(spec.data, spec.held_out)
     return folder
 
 
 def check_dims(spec: TrainSpec, full_dim: int) -> None:
     """SpecError where the dims do not fit a model of that dimension."""
+    whose = spec.base.model if spec.project is None else "project"
     if spec.dims and max(spec.dims) != full_dim:
-        raise SpecError(f"dims: {spec.base.model} has {full_dim} dimensions, and {max(spec.dims)} is the largest here")
-    if max(spec.measure.dims, default=1) > full_dim:
         raise SpecError(
-            f"measure.dims: {spec.base.model} has {full_dim} dimensions, {max(spec.measure.dims)} was asked"
+            f"dims: {whose} has {full_dim} dimensions, and {max(spec.dims)} is the largest here; "
+            "make them equal (project sets another width)"
         )
-    if spec.stop is not None and spec.stop.dim > full_dim:
-        raise SpecError(f"stop.dim: {spec.base.model} has {full_dim} dimensions, {spec.stop.dim} was asked for")
+    for field, asked in (("measure.dims", spec.measure.dims), ("stop.dim", [spec.stop.dim] if spec.stop else [])):
+        if max(asked, default=0) > full_dim:
+            raise SpecError(f"{field}: {whose} has {full_dim} dimensions, {max(asked)} was asked for")
 
 
 def run(spec: TrainSpec, on_progress: OnProgress | None = None) -> tuple[dict[str, Any], bool]:
@@ -86,7 +91,9 @@ def run(spec: TrainSpec, on_progress: OnProgress | None = None) -> tuple[dict[st
 def _asked(spec: TrainSpec, folder: Any) -> dict[str, Any]:
     """The fingerprint but for the data's: what must be equal for a training to go on."""
     settings = spec.model_dump(mode="json", exclude={"name", "output", "workers"})
-    return {"format": FORMAT, "base_digest": folder.digest, **settings}
+    taught = spec.objective.teacher
+    digests = {} if taught is None else {"teacher_digest": teacher.resolve(taught).digest}
+    return {"format": FORMAT, "base_digest": folder.digest, **digests, **settings}
 
 
 class _Run:
@@ -110,19 +117,21 @@ class _Run:
         finished = output.read(self.target)
         if finished is not None:
             _refuse_changes(self.target, finished["fingerprint"], fingerprint)
-            shutil.rmtree(Path(str(self.work.path)) / "checkpoints", ignore_errors=True)
+            self._tidy()
             return finished, False
         self._begin(fingerprint)
         self.seconds["data"] = round(time.perf_counter() - start, 3)
-        model = bases.build(spec.base, self.folder)
+        texts = [*prepared.pairs["anchor"], *prepared.pairs["positive"]]
+        model = bases.build(spec.base, self.folder, texts)
         if not _is_finite(model):
             raise DataError(f"base.model: {self.folder.name} holds weights that are no numbers; choose another")
+        heads.add(model, spec, texts, self.kind, engine.rate(spec, self.kind))
         full_dim = bases.width(model)
         check_dims(spec, full_dim)
         stop = [spec.stop.dim] if spec.stop else []
         dims = sorted({full_dim, *spec.dims, *spec.measure.dims, *stop}, reverse=True)
         before, _ = self._measured("before", model, measured, dims)
-        history = self._train(model, prepared.pairs, watched, dims)
+        history = self._train(model, self._taught(prepared.pairs), watched, dims)
         after, vectors = self._measured("after", model, measured, dims)
         probed = measure.verdict(*vectors, spec.dims, spec.seed).figures()
         record = {
@@ -151,11 +160,15 @@ class _Run:
         self._judge(probed, draft)
         page.write(draft, self.target)
         output.publish(draft, self.target)
-        shutil.rmtree(Path(str(self.work.path)) / "checkpoints", ignore_errors=True)
+        self._tidy()
         log.info("train done output=%s seconds=%.1f", self.target, time.perf_counter() - start)
         found = output.read(self.target)
         assert found is not None
         return found, True
+
+    def _tidy(self) -> None:
+        for name in ("checkpoints", teacher.FOLDER):
+            shutil.rmtree(Path(str(self.work.path)) / name, ignore_errors=True)
 
     def _begin(self, fingerprint: dict[str, Any]) -> None:
         """Begin the work folder, or go on with it; StaleError where it was begun otherwise."""
@@ -190,6 +203,16 @@ class _Run:
             self.work.write(name, to_json(signed({"rows": table.to_dicts()})))
         return table, vectors
 
+    def _taught(self, pairs: pl.DataFrame) -> pl.DataFrame:
+        """The pairs with what a teacher says of them, where there is one."""
+        taught = self.spec.objective.teacher
+        if taught is None:
+            return pairs
+        start = time.perf_counter()
+        pairs = teacher.labelled(taught, teacher.resolve(taught), pairs, Path(str(self.work.path)))
+        self.seconds["teacher"] = round(time.perf_counter() - start, 3)
+        return pairs
+
     def _train(self, model: Any, pairs: pl.DataFrame, watched: data.Judged, dims: list[int]) -> list[dict[str, Any]]:
         watch = measure.Watch(watched, self.kind, dims, self.spec.measure.k)
         start = time.perf_counter()
@@ -197,6 +220,7 @@ class _Run:
         engine.mend(checkpoints)
         train = distributed.run if self.spec.workers.spread else engine.run
         history = train(model, self.spec, self.kind, pairs, checkpoints, watch, self._tell)
+        heads.bake(model)
         self.seconds["train"] = round(time.perf_counter() - start, 3)
         if not _is_finite(model):
             raise PipelineError("training came to weights that are no numbers; lower learning_rate, or set precision")

@@ -21,7 +21,18 @@ class Base(Section):
     kind: Literal["auto", "transformer", "static"] = Field(
         "auto", description="auto: what the model is; static: one vector per token, taken from a transformer"
     )
+    init: Literal["tokens", "distill"] = Field(
+        "tokens",
+        description="of static: tokens: the transformer's table as it is; distill: what the transformer makes of each "
+        "token alone, centred, along its principal axes, frequent tokens weighed less",
+    )
     max_tokens: int | None = Field(None, ge=1, description="of a transformer's texts; null: the model's own limit")
+
+    @model_validator(mode="after")
+    def _init_is_of_static(self) -> Self:
+        if self.init != "tokens" and self.kind != "static":
+            raise ValueError("init: distill makes a static model; set kind: static too")
+        return self
 
 
 class Data(Section):
@@ -68,11 +79,32 @@ HeldOut = Annotated[
 """Tags with a hyphen are left out where a sentence names the field."""
 
 
+class Teacher(Section):
+    """A model whose full vectors every prefix of the student is to agree with."""
+
+    model: Word = Field(description="as base.model")
+    revision: Word | None = Field(None, description="required for a hub id")
+    reads: Literal["each", "anchor", "positive"] = Field(
+        "each", description="each: every text; else that column alone, for all texts of its row (as in translations)"
+    )
+
+
+Stages = Annotated[dict[Annotated[float, Field(ge=0)], Annotated[tuple[Dim, ...], Field(min_length=1)]], Tag("stages-")]
+Schedule = Annotated[
+    Annotated[Literal["all", "progressive"], Tag("a-word")] | Stages,
+    Discriminator(lambda value: "stages-" if isinstance(value, Mapping) else "a-word"),
+]
+
+
 class Objective(Section):
     """What training makes better."""
 
-    kind: Literal["infonce"] = Field("infonce", description="infonce: every other text of the batch is a negative")
+    kind: Literal["infonce", "distill"] = Field(
+        "infonce",
+        description="infonce: every other text of the batch is a negative; distill: cosines become the teacher's",
+    )
     temperature: float = Field(0.05, gt=0, description="cosines are divided by it")
+    teacher: Teacher | None = Field(None, description="of distill")
     cached: bool = Field(False, description="gradients in small parts, so that a large batch fits into memory")
     cached_rows: int = Field(32, ge=1, description="rows in memory at once where cached")
     weights: Weights = Field(
@@ -80,6 +112,23 @@ class Objective(Section):
         description="of the dims: all alike; alpha^i for the i-th from the largest; (largest / dim)^alpha",
     )
     alpha: float = Field(0.5, gt=0, description="for weights geometric and short")
+    schedule: Schedule = Field(
+        "all",
+        description="all dims from the start; progressive: the smallest third of them, then the next in each third of "
+        "the training; or dims by the epoch at which they are added, as {0: [64, 32], 1.5: [384, 128]}",
+    )
+
+    gate: bool = Field(
+        False, description="learn which dimensions matter and put these first, so that prefixes are chosen, not given"
+    )
+
+    @model_validator(mode="after")
+    def _kind_has_its_fields(self) -> Self:
+        if (self.kind == "distill") != (self.teacher is not None):
+            raise ValueError("kind distill needs a teacher, and no other kind has one")
+        if self.cached and self.kind != "infonce":
+            raise ValueError(f"cached: {self.kind} has no such form; leave it out")
+        return self
 
 
 class Stop(Section):
@@ -134,6 +183,9 @@ class TrainSpec(Loaded):
     dims: Annotated[tuple[Dim, ...], BeforeValidator(_falling)] = Field(
         description="prefixes that are trained, the model's own dimension among them; []: no Matryoshka loss"
     )
+    project: Dim | None = Field(
+        None, description="width of the model, where it is not to be the base's: its strongest axes, or a wider space"
+    )
     objective: Objective = Objective()
     epochs: float = Field(1, gt=0)
     batch_size: int = Field(256, ge=2)
@@ -156,4 +208,24 @@ class TrainSpec(Loaded):
             raise ValueError(f"batch_size: {self.batch_size} is no multiple of {self.workers.count} workers")
         if isinstance(self.held_out, HeldOutFiles) and not (self.held_out.corpus or self.data.corpus):
             raise ValueError("held_out.corpus: name its files, data has no corpus of its own")
+        return self
+
+    @model_validator(mode="after")
+    def _objective_fits(self) -> Self:
+        if self.objective.schedule != "all" and not self.dims:
+            raise ValueError("objective.schedule: it adds dims; give some")
+        if self.objective.schedule != "all" and self.stop is not None:
+            raise ValueError("stop: it could end before objective.schedule has added all dims; leave one of them out")
+        if self.objective.teacher is not None and self.objective.teacher.reads != "each" and self.data.negative:
+            raise ValueError(
+                "objective.teacher.reads: a negative is no other way to say the same; leave it out of data"
+            )
+        if self.objective.gate and not self.dims:
+            raise ValueError("objective.gate: it orders dimensions for prefixes; give dims")
+        if isinstance(self.objective.schedule, Mapping):
+            added = [dim for dims in self.objective.schedule.values() for dim in dims]
+            if sorted(added, reverse=True) != list(self.dims):
+                raise ValueError(f"objective.schedule: it adds {added}, each of dims {list(self.dims)} must come once")
+            if min(self.objective.schedule) > 0 or max(self.objective.schedule) >= self.epochs:
+                raise ValueError(f"objective.schedule: it begins at epoch 0 and ends before epoch {self.epochs:g}")
         return self
