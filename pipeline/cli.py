@@ -37,7 +37,7 @@ from pipeline.terminal import (
     print_training,
     watched,
 )
-from pipeline.training import run as training
+from pipeline.training import output, run as training
 from pipeline.training.spec import TrainSpec
 
 log = logging.getLogger(__name__)
@@ -326,17 +326,21 @@ def _log_queries(spec: JobSpec, path: str, as_json: bool) -> None:
 
 @app.command("report")
 def report_command(job: JobOrRoot, sets: Sets = None, as_json: AsJson = False) -> None:
-    """Make one self-contained HTML page of the newest generation, from its files alone."""
+    """Make one self-contained HTML page of the newest generation, or of a trained model's folder, from files alone."""
     from pipeline import report  # late, as in run
+    from pipeline.training import page
 
     configure_logging(None)
-    root, _ = _root_and_spec(job, sets)
-    path = report.run(root)
-    if as_json:
-        print_json({"report": str(path)})
+    if (folder := Path(job).absolute()).joinpath(output.RECORD).is_file():
+        path, size = page.write(folder, folder)
     else:
+        root, _ = _root_and_spec(job, sets)
+        path = str(report.run(root))
         size = root.size(report.FILE) or 0
-        out.print(f"{plain(str(path))}: {size / 1e6:.1f} MB, opens in any browser without a network")
+    if as_json:
+        print_json({"report": path})
+    else:
+        out.print(f"{plain(path)}: {size / 1e6:.1f} MB, opens in any browser without a network")
 
 
 @app.command("train")

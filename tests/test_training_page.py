@@ -1,10 +1,13 @@
 """The page of a training: what it shows, what it advises, what it compares."""
 
 import json
+from pathlib import Path
 
 import polars as pl
 import pytest
+from typer.testing import CliRunner
 
+from pipeline import cli
 from pipeline.training import output, page
 from tests.test_report import Elements, drawn_marks, specs
 
@@ -102,6 +105,11 @@ def test_trainings_on_the_same_data_are_compared_and_others_left_out(tmp_path):
     save(tmp_path / "draft", mine)
     page.write(tmp_path / "draft", tmp_path / "models" / "mine")
     text = Elements((tmp_path / "draft" / page.FILE).read_text()).visible()
+    (tmp_path / "draft").rename(tmp_path / "models" / "mine")
+    done = CliRunner().invoke(cli.app, ["report", str(tmp_path / "models" / "short"), "--json"])  # anew, with mine
+    path = json.loads(done.stdout)["report"]
+    assert path == str(tmp_path / "models" / "short" / page.FILE)
+    assert "short (this one)" in Elements(Path(path).read_text()).visible()
     assert "mine (this one) uniform" in text
     assert "other-data" not in text
     assert "other-seed" not in text

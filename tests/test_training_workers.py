@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from pipeline.errors import DataError, PipelineError, SpecError
+from pipeline.placement import Plan
 from pipeline.training import distributed, engine, run as training
 from tests.training import quality, toy
 
@@ -84,8 +85,22 @@ def test_the_failure_of_a_worker_is_one_sentence():
     found = distributed._mendable(error)
     assert type(found) is PipelineError
     assert str(found) == ("worker 1 failed: ValueError: no such thing; run again to go on from the last checkpoint")
+    error.worker_failures = {0: RuntimeError("Connection closed by peer"), 1: RuntimeError("The actor is dead.")}
+    assert str(distributed._mendable(error)).startswith("worker 1 failed: The actor is dead; run again")
     error.worker_failures = {0: DataError("data: too few")}
     assert str(distributed._mendable(error)) == "data: too few"
+
+
+def test_more_workers_than_cores_are_refused_here_and_waited_for_on_a_cluster(monkeypatch, caplog):
+    import ray
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    distributed._check_room(Plan(2, 1, 0), None)
+    with pytest.raises(SpecError, match="workers: 3 with 1 cores each need more than the 2 of this machine"):
+        distributed._check_room(Plan(3, 1, 0), None)
+    assert not caplog.records
+    distributed._check_room(Plan(3, 1, 0), "auto")
+    assert "workers waiting for nodes: 3 with 1 cores each, 2 are there" in caplog.text
 
 
 def test_what_rank_0_tells_is_read_in_whole_lines_and_ends_with_its_folder(tmp_path):

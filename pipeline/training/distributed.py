@@ -15,7 +15,8 @@ from typing import Any
 
 import polars as pl
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, SpecError
+from pipeline.placement import Plan
 from pipeline.training import engine
 from pipeline.training.spec import TrainSpec
 from pipeline.workers import Pool
@@ -39,16 +40,18 @@ def run(
         shutil.rmtree(left, ignore_errors=True)
     shared = folder.with_name(SHARED + secrets.token_hex(4))
     shared.mkdir(parents=True)
-    torch.save(model, shared / MODEL)
-    pairs.write_parquet(shared / PAIRS)
-    (shared / TOLD).touch()
-    given = {"spec": spec, "kind": kind, "shared": str(shared), "checkpoints": str(folder), "watch": watch}
-    with Pool(spec.workers, spec.name) as pool:
-        _fit(pool, given, shared, on_step)
-    model.load_state_dict(torch.load(shared / TRAINED, map_location=model.device, weights_only=True))
-    history: list[dict[str, Any]] = json.loads((shared / HISTORY).read_bytes())
-    shutil.rmtree(shared)
-    return history
+    try:
+        torch.save(model, shared / MODEL)
+        pairs.write_parquet(shared / PAIRS)
+        (shared / TOLD).touch()
+        given = {"spec": spec, "kind": kind, "shared": str(shared), "checkpoints": str(folder), "watch": watch}
+        with Pool(spec.workers, spec.name) as pool:
+            _fit(pool, given, shared, on_step)
+        model.load_state_dict(torch.load(shared / TRAINED, map_location=model.device, weights_only=True))
+        history: list[dict[str, Any]] = json.loads((shared / HISTORY).read_bytes())
+        return history
+    finally:
+        shutil.rmtree(shared, ignore_errors=True)
 
 
 def _fit(pool: Pool, given: Mapping[str, Any], shared: Path, on_step: engine.OnStep) -> None:
@@ -56,6 +59,7 @@ def _fit(pool: Pool, given: Mapping[str, Any], shared: Path, on_step: engine.OnS
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # paths of the spec are those of this folder
     plan = pool.plan
+    _check_room(plan, given["spec"].workers.address)
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -92,6 +96,20 @@ def _fit(pool: Pool, given: Mapping[str, Any], shared: Path, on_step: engine.OnS
         raise _mendable(errors[0])
 
 
+def _check_room(plan: Plan, address: str | None) -> None:
+    """All workers of a training must be there at once: SpecError where they never will."""
+    import ray
+
+    cores = int(ray.cluster_resources().get("CPU", 0))
+    if plan.count * plan.threads <= cores:
+        return
+    if address is None:
+        raise SpecError(
+            f"workers: {plan.count} with {plan.threads} cores each need more than the {cores} of this machine"
+        )
+    log.warning("workers waiting for nodes: %d with %d cores each, %d are there", plan.count, plan.threads, cores)
+
+
 def _told(path: Path) -> Iterator[Any]:
     """Whole lines as they come; None where there is none for now."""
     with path.open() as file:
@@ -108,12 +126,13 @@ def _told(path: Path) -> Iterator[Any]:
 def _mendable(error: Exception) -> PipelineError:
     """What a user can do about it."""
     failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
-    rank, cause = min(failures.items(), default=(0, error), key=lambda item: item[0])
+    # Those left tell that a peer is gone; the one that went first tells why.
+    rank, cause = min(failures.items(), default=(0, error), key=lambda item: ("by peer" in str(item[1]), item[0]))
     found = getattr(cause, "cause", None) or cause
     if isinstance(found, PipelineError):
         return found
     lines = [line.strip() for line in str(found).splitlines() if line.strip()]
-    reason = (lines or [type(found).__name__])[-1][:300]
+    reason = (lines or [type(found).__name__])[-1][:300].rstrip(".")
     return PipelineError(f"worker {rank} failed: {reason}; run again to go on from the last checkpoint")
 
 

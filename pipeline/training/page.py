@@ -23,12 +23,14 @@ Record = Mapping[str, Any]
 Row = Mapping[str, Any]
 
 
-def write(draft: Path, place: Path) -> None:
-    """Make the page of a whole folder that is to lie at `place`; other trainings may lie beside that."""
+def write(draft: Path, place: Path) -> tuple[str, int]:
+    """Make the page of a whole folder that is to lie at `place`, beside others: its path, its bytes."""
     record = output.read(draft)
     assert record is not None
     curve = pl.read_parquet(draft / output.CURVE, glob=False)
-    (draft / FILE).write_text(page(record, curve, place.name, others(record, place)))
+    text = page(record, curve, place.name, others(record, place)).encode()
+    (draft / FILE).write_bytes(text)
+    return str(draft / FILE), len(text)
 
 
 def others(record: Record, place: Path) -> dict[str, Record]:

@@ -17,7 +17,7 @@ from pipeline import lock
 from pipeline.cores import has
 from pipeline.errors import DataError, FloorError, PipelineError, SpecError, StaleError
 from pipeline.storage import Root, not_writable, read_signed, signed, to_json
-from pipeline.training import bases, data, distributed, engine, heads, measure, output, page, teacher
+from pipeline.training import bases, data, distributed, engine, heads, measure, output, teacher
 from pipeline.training.spec import TrainSpec
 from pipeline.workers import Progress
 
@@ -158,6 +158,8 @@ class _Run:
             draft,
         )
         self._judge(probed, draft)
+        from pipeline.training import page  # late: altair and vl-convert take a while to load
+
         page.write(draft, self.target)
         output.publish(draft, self.target)
         self._tidy()
