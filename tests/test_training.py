@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -199,6 +198,7 @@ def test_early_stopping_keeps_the_best_and_never_measures_on_what_it_watched(tmp
             "data.source: 'none.parquet'",
         ),
         ({"objective": {"cached": True}}, SpecError, "objective.cached: a static model needs no parts"),
+        ({"objective": {"gate": True}, "workers": 2}, SpecError, "workers: distillation and gates are trained in one"),
         ({"precision": "bfloat16"}, SpecError, "precision: a static model only adds vectors up, in float32"),
     ],
 )
@@ -376,10 +376,8 @@ def test_bfloat16_trains_a_transformer_whose_weights_and_figures_are_float32(tmp
 
 
 def test_a_transformer_learns_the_toy_too_and_both_configs_name_its_dims(tmp_path):
-    start = time.perf_counter()
     base = {"model": str(transformer(tmp_path / "bert"))}
     record, _ = training.run(toy(tmp_path, base=base, epochs=12, learning_rate=0.003))
     assert quality(record)[32] > quality(record, "before")[32] + 0.3
     for name in ("config.json", "config_sentence_transformers.json"):
         assert json.loads((tmp_path / "trained" / name).read_text())["matryoshka_dimensions"] == [32, 8]
-    assert time.perf_counter() - start < 200

@@ -38,6 +38,8 @@ def check(spec: TrainSpec) -> Any:
             f"training needs {' and '.join(missing)}, which come with the extra [train]; "
             "pip install 'matryoshka-pipeline[train]'"
         )
+    if spec.workers.spread and (spec.objective.kind == "distill" or spec.objective.gate):
+        raise SpecError("workers: distillation and gates are trained in one process only; leave workers out")
     folder = bases.resolve(spec.base)
     if spec.objective.cached and bases.kind(spec.base, folder) == "static":
         raise SpecError("objective.cached: a static model needs no parts, its batches take little memory; leave it out")
@@ -46,8 +48,6 @@ def check(spec: TrainSpec) -> Any:
     if (full_dim := spec.project or folder.dim) is not None:
         check_dims(spec, full_dim)
     if spec.objective.teacher is not None:
-        if spec.workers.spread:
-            raise SpecError("workers: distillation compares all texts of a batch with each other; train in one process")
         teacher.resolve(spec.objective.teacher)
     data.check(spec.data, spec.held_out)
     return folder
