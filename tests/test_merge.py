@@ -8,7 +8,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from pipeline import cli, derive, embed, export, merge, run, storage, store, verify
+from pipeline import derive, embed, export, merge, run, standing, storage, store, verify
 from pipeline.embedder import Embedder
 from pipeline.errors import DamageError
 from pipeline.ledger import Ledger
@@ -290,9 +290,9 @@ def test_shards_that_are_not_merged_yet_are_unfinished_work(job, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(job)
     root = Root(Path(job.root))
-    assert len(embed.finished(root)) == 6 and cli._status(root)["embed"] == "unfinished"
+    assert len(embed.finished(root)) == 6 and standing.run(root)["embed"] == "unfinished"
     run(job)
-    assert cli._status(root)["embed"] == "done"
+    assert standing.run(root)["embed"] == "done"
 
 
 def test_a_merge_that_is_done_is_not_done_again(tmp_path):

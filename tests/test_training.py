@@ -18,7 +18,7 @@ from pipeline.training import data, engine, measure, objectives, run as training
 from pipeline.training.spec import Objective, TrainSpec
 from pipeline.vectors import truncate, unit
 from tests.conftest import save_model
-from tests.training import pairs, quality, toy, transformer
+from tests.training import pairs, quality, toy, transformer, with_tests
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ run.run(toy(Path(sys.argv[1])))
 def test_a_training_ended_by_sigkill_goes_on_from_its_last_whole_checkpoint(trained, tmp_path, caplog, amid):
     _, undisturbed = trained
     command = [sys.executable, "-c", KILLED, str(tmp_path), amid]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=200, env=with_tests())
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     checkpoints = tmp_path / "trained.work" / "checkpoints"
     whole = sorted(checkpoints.glob(f"checkpoint-*/{engine.STATE}"), key=lambda path: path.stat().st_mtime_ns)

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from pipeline.errors import DataError, PipelineError, SpecError
 from pipeline.placement import Plan
 from pipeline.training import distributed, engine, run as training
-from tests.training import quality, toy
+from tests.training import quality, toy, with_tests
 
 KILLED = """
 import sys
@@ -28,7 +28,8 @@ run.run(toy(Path(sys.argv[1]), epochs=20, workers=2))
 
 def test_two_workers_ended_by_sigkill_come_to_the_weights_of_one(tmp_path, caplog):
     one, _ = training.run(toy(tmp_path, epochs=20, output=str(tmp_path / "one")))
-    started = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=with_tests())
     checkpoints = tmp_path / "trained.work" / "checkpoints"
     end = time.monotonic() + 120
     while engine.newest(checkpoints) is None and started.poll() is None and time.monotonic() < end:

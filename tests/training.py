@@ -4,6 +4,9 @@ A text has four concepts; the anchor says them with words w000 to w039, the posi
 random vectors, so that it finds nothing; who learns which two words are one concept finds everything.
 """
 
+import os
+from pathlib import Path
+
 import numpy as np
 import polars as pl
 from safetensors.numpy import load_file, save_file
@@ -12,6 +15,11 @@ from pipeline.training.spec import TrainSpec
 from tests.conftest import WORDS, save_model
 
 CONCEPTS = 40
+
+
+def with_tests():
+    """The environment of a process that imports these tests."""
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
 def pairs(count=700, seed=0):

@@ -23,7 +23,7 @@ from unittest import mock
 import numpy as np
 import pyarrow as pa
 
-from pipeline import cli, corpus, embed, merge, repair, storage, store
+from pipeline import corpus, embed, merge, repair, standing, storage, store
 from pipeline.drift import digest_of
 from pipeline.embedder import COUNTERS, METERS, Facts
 from pipeline.encoders.models import ModelFolder
@@ -239,7 +239,7 @@ def _repair(folder: Path, name: str) -> dict[str, Any]:
 
 def _status(folder: Path, name: str) -> dict[str, Any]:
     root, start = Root(folder / name, 0, Counting()), time.perf_counter()
-    told = cli._status(root)
+    told = standing.run(root)
     assert told["embed"] == "done" and told["shards"]["left"] == 0
     return {"seconds": time.perf_counter() - start, "calls": root.disk.calls}
 
