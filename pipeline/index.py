@@ -16,6 +16,7 @@ import numpy as np
 
 from pipeline import segments, store
 from pipeline.errors import PipelineError
+from pipeline.ledger import Ledger
 from pipeline.spec import Index, IndexKind, Prefix
 from pipeline.storage import Root
 from pipeline.tables import DOCUMENTS, vector_matrix
@@ -156,8 +157,9 @@ def _ann(table: Any, prefix: Prefix, kind: IndexKind, rows: int, root: Root, set
             table.drop_index(found.name)
         return Indexed(int(table.version), None)
     bits = (prefix.index.bits or RQ_BITS) if kind == "ivf_rq" else None
-    if any(_is(found, kind, bits) for found in existing):
-        parts = next(found.num_segments or 1 for found in existing)
+    standing = next((found for found in existing if _is(found, kind, bits)), None)
+    if standing is not None and _is_kept(standing, prefix, root):
+        parts = standing.num_segments or 1
     else:
         parts = _built(prefix, kind, bits, rows, root, settings, pool)
         table.checkout_latest()
@@ -196,6 +198,7 @@ def _built(
         found = segments.recall(table, _probes(count))
         log.info("index table=%s segments=%d recall=%.3f", prefix.table, len(parts), found)
         if found >= segments.MIN_RECALL:
+            Ledger(root, "index").add(_slot(prefix, table), {"recall": found})
             return len(parts)
         log.warning("index %s: %d segments find too little, it is built in one", prefix.table, len(parts))
         table.drop_index(segments.NAME)
@@ -203,6 +206,19 @@ def _built(
     # pylance: lancedb 0.40 trains on float16 four to seven times as long, for the same index
     table.create_index(**options, num_partitions=partitions_of(kind, rows), replace=True)
     return 1
+
+
+def _is_kept(standing: Any, prefix: Prefix, root: Root) -> bool:
+    """Whether an index may stay: segments were measured, which a job that ended early may not have come to."""
+    if (standing.num_segments or 1) == 1:
+        return True
+    table = store.open_table(store.table_uri(root, prefix.table))
+    return Ledger(root, "index").get(_slot(prefix, table)) is not None
+
+
+def _slot(prefix: Prefix, table: Any) -> str:
+    """Where it is recorded what the segments of a table's index find."""
+    return f"{prefix.table}-{segments.mark(table)}"
 
 
 def _is(found: Any, kind: IndexKind, bits: int | None) -> bool:

@@ -4,6 +4,7 @@ A segment has partitions of its own and a search looks at some in every one, so 
 than many small ones. What was built is measured before it is kept.
 """
 
+import hashlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -81,6 +82,13 @@ def build(uri: str, parts: Sequence[tuple[int, ...]], options: Mapping[str, Any]
     with pool.team(_Builder) as team:
         built = list(team.map(todo))
     table.commit_existing_index_segments(NAME, "vector", built)
+
+
+def mark(table: Any) -> str:
+    """A name of the index of `vector` as it stands: another one once any of its segments is built anew."""
+    indexes = [index for index in table.describe_indices() if list(index.field_names) == ["vector"]]
+    names = sorted(str(part.uuid) for index in indexes for part in index.segments)
+    return hashlib.sha256(" ".join(names).encode()).hexdigest()[:16]
 
 
 def recall(table: Any, probes: int) -> float:

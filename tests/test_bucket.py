@@ -308,7 +308,7 @@ def test_a_missing_bucket_a_missing_endpoint_and_a_refusal_are_one_sentence(serv
     "url",
     [
         "http://bucket/x",
-        "file:///x",
+        Path("/x").as_uri(),
         "s3://",
         "ftp://b/x",
         "s3://b/a b",
@@ -328,14 +328,14 @@ def test_credentials_come_from_the_environment_or_a_profile_only(tmp_path):
     (tmp_path / "credentials").write_text(
         "[work]\naws_access_key_id = KEY\naws_secret_access_key = SECRET\n[sso]\nsso_session = x\n"
     )
-    (tmp_path / "config").write_text("[profile work]\nregion = eu-west-1\nendpoint_url = http://store.invalid\n")
+    (tmp_path / "config").write_text("[profile work]\nregion = eu-west-1\nendpoint_url = http://127.0.0.1:9\n")
     files = {"AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "credentials"), "AWS_CONFIG_FILE": str(tmp_path / "config")}
     with environment(AWS_PROFILE="work", **files):
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
             del os.environ[name]
         cloud.environment("s3")
         names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION", "AWS_ENDPOINT_URL", "AWS_ALLOW_HTTP")
-        assert [os.environ[name] for name in names] == ["KEY", "SECRET", "eu-west-1", "http://store.invalid", "true"]
+        assert [os.environ[name] for name in names] == ["KEY", "SECRET", "eu-west-1", "http://127.0.0.1:9", "true"]
     for profile, word in (("sso", "holds no access key"), ("none", "holds no access key"), ("", "needs credentials")):
         with environment(AWS_PROFILE=profile, **files):
             del os.environ["AWS_ACCESS_KEY_ID"]

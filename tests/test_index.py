@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from pipeline import index, open_index, run, segments, store
+from pipeline import index, open_index, run, segments, store, verify
 from pipeline.errors import PipelineError
 from pipeline.index import build_bytes, choose, partitions
 from pipeline.search import Index as Search
@@ -167,6 +167,27 @@ def test_segments_take_the_place_of_another_kind(spec, monkeypatch):
     assert run(job)["tables"]["prefix_16_float16"]["index"]["segments"] == 3
     table = lance.dataset(f"{job.root}/lancedb/prefix_16_float16.lance")
     assert [one.index_type for one in table.describe_indices() if one.field_names == ["vector"]] == ["IVF_SQ"]
+
+
+def test_segments_that_nobody_came_to_measure_are_built_anew(spec, monkeypatch):
+    monkeypatch.setattr(store, "FRAGMENT_ROWS", 50)
+    job = spec(corpus__shard_rows=40, prefixes=with_index("float16", "ivf_sq"), index__segments=8)
+    uri, measure = f"{job.root}/lancedb/prefix_16_float16.lance", segments.recall
+
+    def ends(table, probes):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(segments, "recall", ends)
+    with pytest.raises(KeyboardInterrupt):
+        run(job)
+    unmeasured = segments.mark(lance.dataset(uri))
+    monkeypatch.setattr(segments, "recall", measure)
+    generation = run(job)
+    measured = segments.mark(lance.dataset(uri))
+    assert measured != unmeasured
+    assert run(job) == generation and segments.mark(lance.dataset(uri)) == measured
+    found = verify.run(Path(job.root))
+    assert found.is_whole and not [name for name in found.unknown if not name.startswith("lancedb/")]
 
 
 def test_segments_that_find_too_little_give_way_to_one(spec, monkeypatch, caplog):
