@@ -6,6 +6,7 @@ unknown words has length zero; the word `broken` is not a number.
 
 import importlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -178,7 +179,8 @@ def pages() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Relative paths must not reach the checkout, nor verdicts of probes the user's cache."""
+    """Relative paths must not reach the checkout, nor verdicts of probes the user's cache, nor a log level others."""
+    logging.getLogger("pipeline").setLevel(logging.NOTSET)  # a command or worker run by an earlier test asked for more
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     work = tmp_path / "work"
     work.mkdir()
