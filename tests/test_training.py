@@ -72,6 +72,8 @@ def test_the_folder_says_what_it_was_trained_for(trained):
     content = record["fingerprint"]["content"]
     assert content["pairs"] + content["held_out_queries"] == len(pairs())
     assert content["digest"] in card
+    assert "dims: [32, 8]" in card
+    assert str(folder) not in card
     curve = pl.read_parquet(output / "curve.parquet")
     assert {"loss", "loss_32", "loss_8", "ndcg_32", "ndcg_8"} <= set(curve["name"])
     first, last = (curve.filter(pl.col("name") == "loss_8")["value"][place] for place in (0, -1))

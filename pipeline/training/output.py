@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import yaml
 
 from pipeline.encoders.models import ModelFolder
 from pipeline.training.spec import TrainSpec
@@ -126,13 +127,28 @@ def card(spec: TrainSpec, base: ModelFolder, evaluation: pl.DataFrame, record: M
         "|---|---|---|---|---|",
         *measured,
         "",
-        f"Trained on {data['pairs']:,} pairs (sha256 {data['digest']}) in {record['steps']:,} steps; objective "
-        f"{spec.objective.kind}, temperature {spec.objective.temperature}, weights {spec.objective.weights}. The whole "
-        f"spec and the versions are in `{RECORD}`, every figure in `{EVALUATION}.json`, losses and watched nDCG over "
+        f"Trained on {data['pairs']:,} pairs (sha256 {data['digest']}) in {record['steps']:,} steps:",
+        "",
+        "```yaml",
+        *yaml.safe_dump(_settings(spec), default_flow_style=None, sort_keys=False).splitlines(),
+        "```",
+        "",
+        f"The whole spec and the versions are in `{RECORD}`, every figure in `{EVALUATION}.json`, losses and watched "
+        f"nDCG over "
         f"the steps in `{CURVE}`.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _settings(spec: TrainSpec) -> dict[str, Any]:
+    """What made the weights, where it is not as it comes; of models their names alone, not where they lie."""
+    names = {"dims", "base", "project", "objective", "epochs", "batch_size", "learning_rate", "precision", "seed"}
+    values = spec.model_dump(mode="json", include=names, exclude_defaults=True)
+    for one in (values["base"], values.get("objective", {}).get("teacher")):
+        if one:
+            one["model"] = Path(one["model"]).name
+    return values
 
 
 def _ndcg(evaluation: pl.DataFrame, when: str, dim: int) -> str:
