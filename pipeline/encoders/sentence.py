@@ -32,6 +32,13 @@ BLOCK = re.compile(r"\.\d+\.")
 """In the name of a weight: it belongs to a layer, so that every token meets it."""
 
 
+def prompts(model: Any) -> dict[str, str]:
+    """A sentence-transformers model's prompts by role; "" where it has none."""
+    stored = model.prompts or {}
+    document = next((stored[name] for name in DOCUMENT_PROMPTS if stored.get(name)), "")
+    return {"query": stored.get("query") or "", "document": document}
+
+
 class SentenceEncoder:
     """A loaded sentence-transformers model on one device."""
 
@@ -60,11 +67,7 @@ class SentenceEncoder:
         self.max_tokens = self._limit(folder, max_tokens)
         self.tokenizer = self._own_tokenizer()
         self.dim = int(self.model.get_embedding_dimension() or self._measured_dim())
-        stored = self.model.prompts or {}
-        self.prompts: dict[str, str] = {
-            "document": next((stored[name] for name in DOCUMENT_PROMPTS if stored.get(name)), ""),
-            "query": stored.get("query") or "",
-        }
+        self.prompts = prompts(self.model)
 
     @property
     def pads(self) -> bool:

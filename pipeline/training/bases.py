@@ -34,6 +34,10 @@ def resolve(settings: Base) -> models.ModelFolder:
         raise SpecError(f"base.kind: {folder.name} has one vector per token; leave kind out, or set kind: static")
     if kind(settings, folder) == "static" and settings.max_tokens is not None:
         raise SpecError("base.max_tokens: a static model reads texts of any length; leave it out")
+    if folder.positions is not None and (settings.max_tokens or 0) > folder.positions:
+        raise SpecError(
+            f"base.max_tokens: {folder.name} has {folder.positions} positions, {settings.max_tokens} were asked for"
+        )
     return folder
 
 
@@ -62,12 +66,7 @@ def build(settings: Base, folder: models.ModelFolder, texts: Sequence[str] = ())
     if kind(settings, folder) == "static" and not is_static(folder):
         return _static_of(model, folder, device, settings.init, texts)
     if settings.max_tokens is not None:
-        limit = model.max_seq_length
-        if folder.positions is not None and settings.max_tokens > folder.positions:
-            raise SpecError(
-                f"base.max_tokens: {folder.name} has {folder.positions} positions, {settings.max_tokens} were asked for"
-            )
-        log.info("base max_tokens=%d instead of %s", settings.max_tokens, limit)
+        log.info("base max_tokens=%d instead of %s", settings.max_tokens, model.max_seq_length)
         model.max_seq_length = settings.max_tokens
     return model
 

@@ -92,14 +92,15 @@ def prepare(spec: TrainSpec) -> Prepared:
     frame, documents, skipped = _judged_pairs(settings) if settings.corpus else _pairs(settings)
     frame = frame.with_columns(pl.Series("share", _shares(frame["key"], spec.seed)))
     if isinstance(spec.held_out, HeldOutFiles):
-        held = _held_files(spec.held_out, documents)
-        seen = frame["anchor"].is_in(held.queries["text"].to_list())
-        train = frame.filter(~seen)
-        skipped += int(seen.sum())
+        held, train = _held_files(spec.held_out, documents), frame
     else:
         is_held = frame["share"] < spec.held_out
-        held = _held_share(frame.filter(is_held), documents)
-        train = frame.filter(~is_held)
+        held, train = _held_share(frame.filter(is_held), documents), frame.filter(~is_held)
+    seen = train["anchor"].is_in(held.queries["text"].str.strip_chars().to_list())
+    if not settings.corpus and not isinstance(spec.held_out, HeldOutFiles):  # there each text belongs to one document
+        seen |= train["positive"].is_in(frame.filter(is_held)["positive"].to_list())
+    train = train.filter(~seen)
+    skipped += int(seen.sum())
     if len(train) < MIN_PAIRS or not len(held.queries):
         raise DataError(
             f"data: {len(train)} pairs to train on and {len(held.queries)} queries held out are too few of each; "
@@ -242,7 +243,12 @@ def _held_files(held_out: HeldOutFiles, documents: pl.DataFrame) -> Judged:
 def _judgements(asked: str, graded: str, where: str) -> tuple[pl.DataFrame, Qrels]:
     with told_as(f"{where}.qrels", "evaluate.qrels"):
         qrels = queries.read_qrels(graded)
-    return queries.read_queries(asked, f"{where}.queries"), qrels
+    frame = queries.read_queries(asked, f"{where}.queries")
+    known = set(frame["_id"])
+    for name in qrels:
+        if name not in known:
+            raise DataError(f"{where}.qrels: {graded} judges query {name!r}, which is not in {asked}")
+    return frame, qrels
 
 
 def _check_known(qrels: Qrels, known: Any, path: str, where: str) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 import polars as pl
 
-from pipeline.errors import SpecError
-from pipeline.training import objectives
+from pipeline.encoders.sentence import prompts
+from pipeline.errors import DataError, SpecError
+from pipeline.training import objectives, teacher
 from pipeline.training.spec import TrainSpec
 
 log = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ CHECKPOINTS = 10
 """In a whole training, where the spec does not say."""
 TOLD = 50
 """How often the loss is told in a whole training."""
+NO_FLOAT16 = "precision: float16 needs a GPU; use bfloat16 or float32"
 STATE = "trainer_state.json"
 """Written last into a checkpoint."""
 OnCheckpoint = Callable[[Any], Mapping[str, float]]
@@ -70,7 +72,16 @@ def run(
     last = newest(folder)
     if last is not None:
         log.info("train going on from %s", last.name)
+        if (state := _ended(last, spec)) is not None:  # the loop would take a step more
+            best = state["best_model_checkpoint"] if spec.stop is not None else None
+            trainer._load_from_checkpoint(str(folder / Path(best).name if best else last))
+            return list(state["log_history"])
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    if trainer.state.global_step == 0:
+        raise DataError(
+            f"data: too few distinct texts for a batch of {spec.batch_size}, which holds none twice; "
+            "lower batch_size, or give more pairs"
+        )
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # from here on in float32 again
     return list(trainer.state.log_history)
 
@@ -99,6 +110,15 @@ def mend(folder: Path) -> None:
             shutil.rmtree(path)
 
 
+def _ended(checkpoint: Path, spec: TrainSpec) -> Mapping[str, Any] | None:
+    """The trainer's state where the training had come to its end there, by steps or by patience."""
+    state: dict[str, Any] = json.loads((checkpoint / STATE).read_bytes())
+    stopper = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {})
+    waited = stopper.get("attributes", {}).get("early_stopping_patience_counter", 0)
+    is_spent = spec.stop is not None and waited >= spec.stop.patience
+    return state if is_spent or state["global_step"] >= state["max_steps"] else None
+
+
 def _step(checkpoint: Path) -> int:
     """Of a whole checkpoint; -1 of another."""
     try:
@@ -115,14 +135,13 @@ def _arguments(model: Any, spec: TrainSpec, kind: str, pairs: int, folder: Path)
     every = max(1, math.ceil(count / CHECKPOINTS)) if spec.checkpoint_steps == "auto" else spec.checkpoint_steps
     on_gpu = model.device.type == "cuda"
     if spec.precision == "float16" and not on_gpu:
-        raise SpecError("precision: float16 needs a GPU; use bfloat16 or float32")
-    asked, found = (model.prompts.get(name) for name in ("query", "document"))
-    prompts = {name: text for name, text in (("anchor", asked), ("positive", found), ("negative", found)) if text}
+        raise SpecError(NO_FLOAT16)
+    said = {name: prompts(model)[role] for name, role in teacher.ROLES.items()}
     best: dict[str, Any] = {}
     if spec.stop is not None:
         best = {"metric_for_best_model": f"eval_ndcg_{spec.stop.dim}", "load_best_model_at_end": True}
     workers = spec.workers.count if spec.workers.spread else 1
-    return SentenceTransformerTrainingArguments(
+    arguments = SentenceTransformerTrainingArguments(
         output_dir=str(folder),
         max_steps=count,
         per_device_train_batch_size=min(spec.batch_size, pairs // workers * workers),
@@ -138,7 +157,7 @@ def _arguments(model: Any, spec: TrainSpec, kind: str, pairs: int, folder: Path)
         batch_sampler=BatchSamplers.NO_DUPLICATES,
         dataloader_drop_last=True,
         dataloader_pin_memory=on_gpu,
-        prompts=prompts or None,
+        prompts={name: text for name, text in said.items() if text} or None,
         eval_strategy="steps",
         eval_steps=every,
         save_strategy="steps",
@@ -151,6 +170,8 @@ def _arguments(model: Any, spec: TrainSpec, kind: str, pairs: int, folder: Path)
         report_to="none",
         **best,
     )
+    arguments._n_gpu = 1  # else each of this machine's takes a whole batch
+    return arguments
 
 
 def _trainer_class() -> type[Any]:

@@ -9,6 +9,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from pipeline import metrics, probe
+from pipeline.encoders.sentence import prompts
 from pipeline.training.data import Judged
 from pipeline.transform import Moments, pca
 from pipeline.vectors import Matrix, top, truncate, unit
@@ -56,9 +57,10 @@ def encode(model: Any, judged: Judged, kind: str) -> tuple[Matrix, Matrix]:
     """Unit vectors of queries and documents, float32, each with the model's own prompt."""
     rows = ROWS_AT_ONCE[kind]
     options = {"batch_size": rows, "convert_to_numpy": True, "show_progress_bar": False}
+    said = prompts(model)
     found = (
-        model.encode_query(judged.queries["text"].to_list(), **options),
-        model.encode_document(judged.documents["text"].to_list(), **options),
+        model.encode_query(judged.queries["text"].to_list(), prompt=said["query"], **options),
+        model.encode_document(judged.documents["text"].to_list(), prompt=said["document"], **options),
     )
     vectors, documents = (unit(np.nan_to_num(np.asarray(one, np.float32))) for one in found)
     return vectors, documents
@@ -116,6 +118,9 @@ def _kept(part: NDArray[np.float64], full: NDArray[np.float64], seed: int) -> tu
 
 def verdict(vectors: Matrix, documents: Matrix, dims: Sequence[int], seed: int) -> probe.Verdict:
     """Whether plain prefixes of these documents hold, as the fit stage of a job asks it."""
+    if dims and min(dims) > documents.shape[1] // 2:
+        because = f"no trained prefix is at most half of {documents.shape[1]} dimensions; longer ones keep most anyway"
+        return probe.Verdict("unsure", because, tuple(dims), (), len(documents), len(vectors))
     order = np.random.default_rng(seed).permutation(len(documents))[:POOL]
     pool = documents[order]
     anchors = min(ANCHORS, max(len(pool) // 2, 1))

@@ -22,6 +22,8 @@ EVALUATION = "evaluation"
 CURVE = "curve.parquet"
 CONFIGS = ("config_sentence_transformers.json", "config.json")
 """Where libraries look for trained dims: sentence-transformers and this project, vLLM."""
+DIMS = ("matryoshka_dims", "matryoshka_dimensions")
+"""What they look for; what a base says of its own prefixes is not true any more."""
 PACKAGES = ("matryoshka-pipeline", "sentence-transformers", "transformers", "torch", "accelerate", "datasets")
 
 
@@ -32,8 +34,7 @@ def write(
     """Make the whole folder anew as `draft`, on disk when this returns."""
     shutil.rmtree(draft, ignore_errors=True)
     model.save_pretrained(str(draft), create_model_card=False)
-    if spec.dims:
-        _declare(draft, sorted(spec.dims, reverse=True))
+    _declare(draft, sorted(spec.dims, reverse=True))
     evaluation.write_parquet(draft / f"{EVALUATION}.parquet")
     (draft / f"{EVALUATION}.json").write_text(json.dumps(evaluation.to_dicts(), indent=2) + "\n")
     curve.write_parquet(draft / CURVE)
@@ -83,8 +84,9 @@ def _declare(draft: Path, dims: Sequence[int]) -> None:
     for name in CONFIGS:
         path = draft / name
         if path.is_file():
-            values = json.loads(path.read_text())
-            path.write_text(json.dumps({**values, "matryoshka_dimensions": list(dims)}, indent=2, sort_keys=True))
+            values = {name: value for name, value in json.loads(path.read_text()).items() if name not in DIMS}
+            values |= {"matryoshka_dimensions": list(dims)} if dims else {}
+            path.write_text(json.dumps(values, indent=2, sort_keys=True))
 
 
 def card(spec: TrainSpec, base: ModelFolder, evaluation: pl.DataFrame, record: Mapping[str, Any]) -> str:
@@ -102,7 +104,7 @@ def card(spec: TrainSpec, base: ModelFolder, evaluation: pl.DataFrame, record: M
         "---",
         "library_name: sentence-transformers",
         "pipeline_tag: sentence-similarity",
-        "tags: [sentence-transformers, sentence-similarity, feature-extraction" + (", matryoshka]" if dims else "]"),
+        f"tags: [sentence-transformers, sentence-similarity, feature-extraction{', matryoshka' if spec.dims else ''}]",
         f"matryoshka_dimensions: {list(spec.dims)}",
         "---",
         "",
@@ -143,12 +145,20 @@ def card(spec: TrainSpec, base: ModelFolder, evaluation: pl.DataFrame, record: M
 
 def _settings(spec: TrainSpec) -> dict[str, Any]:
     """What made the weights, where it is not as it comes; of models their names alone, not where they lie."""
-    names = {"dims", "base", "project", "objective", "epochs", "batch_size", "learning_rate", "precision", "seed"}
-    values = spec.model_dump(mode="json", include=names, exclude_defaults=True)
+    others = {"name", "output", "data", "held_out", "measure", "workers"}
+    values = spec.model_dump(mode="json", exclude=others, exclude_defaults=True)
     for one in (values["base"], values.get("objective", {}).get("teacher")):
         if one:
             one["model"] = Path(one["model"]).name
     return values
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found
 
 
 def _ndcg(evaluation: pl.DataFrame, when: str, dim: int) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import polars as pl
 import yaml
 
+from pipeline.errors import StaleError
 from pipeline.html import Grid, Page, Section, render
 from pipeline.training import curves, output
 
@@ -26,7 +27,8 @@ Row = Mapping[str, Any]
 def write(draft: Path, place: Path) -> tuple[str, int]:
     """Make the page of a whole folder that is to lie at `place`, beside others: its path, its bytes."""
     record = output.read(draft)
-    assert record is not None
+    if record is None:
+        raise StaleError(f"{draft} is no finished training; give the folder that `matryoshka train` ended with")
     curve = pl.read_parquet(draft / output.CURVE, glob=False)
     text = page(record, curve, place.name, others(record, place)).encode()
     (draft / FILE).write_bytes(text)
@@ -177,7 +179,7 @@ def _compared(trainings: Mapping[str, Record], mine: str) -> Section | None:
     """A table of all that were measured on the same, and what follows from it."""
     if len(trainings) < 2:
         return None
-    settings = {name: dict(_flat(_settings(record))) for name, record in trainings.items()}
+    settings = {name: output.flat(_settings(record)) for name, record in trainings.items()}
     known = list(dict.fromkeys(field for values in settings.values() for field in values))
     differ = [
         field for field in known
@@ -200,14 +202,6 @@ def _compared(trainings: Mapping[str, Record], mine: str) -> Section | None:
 
 def _settings(record: Record) -> dict[str, Any]:
     return {name: value for name, value in record["spec"].items() if name not in ("name", "output", "data", "workers")}
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def _told(value: Any) -> str:

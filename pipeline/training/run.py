@@ -5,6 +5,7 @@ What a killed run finished is found again in `<output>.work`; a finished output 
 
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -32,6 +33,8 @@ OnProgress = Callable[[str, int | None, Progress], None]
 
 def check(spec: TrainSpec) -> Any:
     """Everything that can be seen to be wrong without reading rows or starting a model; the base's files."""
+    import torch
+
     missing = [name for name in (*NEEDED, *(NEEDED_BY_RAY if spec.workers.spread else ())) if not has(name)]
     if missing:
         raise SpecError(
@@ -45,6 +48,8 @@ def check(spec: TrainSpec) -> Any:
         raise SpecError("objective.cached: a static model needs no parts, its batches take little memory; leave it out")
     if spec.precision != "float32" and bases.kind(spec.base, folder) == "static":
         raise SpecError("precision: a static model only adds vectors up, in float32; leave it out")
+    if spec.precision == "float16" and not spec.workers.spread and not torch.cuda.is_available():
+        raise SpecError(engine.NO_FLOAT16)
     if (full_dim := spec.project or folder.dim) is not None:
         check_dims(spec, full_dim)
     if spec.objective.teacher is not None:
@@ -74,6 +79,8 @@ def run(spec: TrainSpec, on_progress: OnProgress | None = None) -> tuple[dict[st
     """
     target = Path(spec.output).expanduser().absolute()
     finished = output.read(target)
+    if target.is_symlink() or os.path.ismount(target):
+        raise SpecError(f"output: {target} is a link or a mount point, which no folder can replace; name one in it")
     if finished is None and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise StaleError(f"output: {target} exists and is no training of this project; choose another folder")
     folder = check(spec)
@@ -104,6 +111,7 @@ class _Run:
         self.on_progress = on_progress
         self.kind = bases.kind(spec.base, folder)
         self.seconds: dict[str, float] = {}
+        self.checkpoints = Path(str(work.path)) / "checkpoints"
 
     def go(self) -> tuple[dict[str, Any], bool]:
         """All steps, those that are done left out."""
@@ -178,6 +186,10 @@ class _Run:
         standing = read_signed(self.work, BEGUN)
         if standing is None:
             self.work.create(BEGUN, to_json(signed({"fingerprint": wanted})))
+        elif standing["fingerprint"] != wanted and engine.newest(self.checkpoints) is None:
+            self._tidy()  # nothing was trained yet
+            (Path(str(self.work.path)) / BEFORE).unlink(missing_ok=True)
+            self.work.write(BEGUN, to_json(signed({"fingerprint": wanted})))
         else:
             _refuse_changes(self.work.path, standing["fingerprint"], wanted)
 
@@ -218,13 +230,14 @@ class _Run:
     def _train(self, model: Any, pairs: pl.DataFrame, watched: data.Judged, dims: list[int]) -> list[dict[str, Any]]:
         watch = measure.Watch(watched, self.kind, dims, self.spec.measure.k)
         start = time.perf_counter()
-        checkpoints = Path(str(self.work.path)) / "checkpoints"
+        checkpoints = self.checkpoints
         engine.mend(checkpoints)
         train = distributed.run if self.spec.workers.spread else engine.run
         history = train(model, self.spec, self.kind, pairs, checkpoints, watch, self._tell)
         heads.bake(model)
         self.seconds["train"] = round(time.perf_counter() - start, 3)
         if not _is_finite(model):
+            shutil.rmtree(checkpoints, ignore_errors=True)  # so that another rate may begin anew
             raise PipelineError("training came to weights that are no numbers; lower learning_rate, or set precision")
         return history
 
@@ -241,7 +254,7 @@ class _Run:
         if verdict["says"] == "not trained":
             raise FloorError(
                 f"the trained model's prefixes do not hold: {verdict['because']}; train longer, give more pairs or "
-                f"weigh short dims more (the model is in {draft})"
+                f"weigh short dims more, with another output (the model is in {draft})"
             )
         if verdict["says"] == "unsure":
             log.warning("probe is unsure whether prefixes hold: %s", verdict["because"])
@@ -253,7 +266,7 @@ def _is_finite(model: Any) -> bool:
 
 def _refuse_changes(place: Any, standing: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """StaleError with the first field that differs; fields not wanted are not compared."""
-    before, now = (_flat(one) for one in (standing, json.loads(to_json(dict(wanted)))))
+    before, now = (output.flat(one) for one in (standing, json.loads(to_json(dict(wanted)))))
     known = {field.split(".")[0] for field in now}
     fields = [field for field in {**now, **before} if field.split(".")[0] in known]
     changed = [field for field in fields if before.get(field) != now.get(field)]
@@ -264,10 +277,3 @@ def _refuse_changes(place: Any, standing: Mapping[str, Any], wanted: Mapping[str
             f"{place} was begun with another {changed[0]}: {before.get(changed[0])!r} then, {now.get(changed[0])!r} "
             f"now{others}; set it back, or choose another output"
         )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return found

@@ -111,7 +111,7 @@ class Objective(Section):
         "uniform",
         description="of the dims: all alike; alpha^i for the i-th from the largest; (largest / dim)^alpha",
     )
-    alpha: float = Field(0.5, gt=0, description="for weights geometric and short")
+    alpha: float = Field(0.5, gt=0, le=10, description="for weights geometric and short")
     schedule: Schedule = Field(
         "all",
         description="all dims from the start; progressive: the smallest third of them, then the next in each third of "
@@ -200,6 +200,8 @@ class TrainSpec(Loaded):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
+        if "://" in self.output:
+            raise ValueError(f"output: {self.output} is no folder of this machine; train into one and copy it")
         if len(set(self.dims)) < len(self.dims):
             raise ValueError("dims: a dimension stands twice; list it once")
         if self.stop is not None and self.dims and self.stop.dim not in self.dims:
