@@ -30,7 +30,7 @@ train: $(READY)  ## train a Matryoshka model: make train JOB=jobs/train-demo.yam
 	$(BIN)/matryoshka train $(JOB)
 
 test: $(READY)   ## run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 setup: $(READY)  ## make .venv and install everything into it
 

@@ -31,6 +31,15 @@ DIM = 32
 WORDS = [f"w{number:03d}" for number in range(300)]
 
 
+LONG = {"test_readme", "test_training_workers", "test_submit", "test_resume", "test_bucket", "test_index"}
+"""Files of few long tests."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files come first, so that two processes end together."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 def save_model(folder: Path, seed: int = 0, dim: int = DIM, falling: bool = False) -> Path:
     """A static embedding model of WORDS, written as sentence-transformers files.
 

@@ -178,7 +178,7 @@ def test_prefixes_that_were_not_trained_are_told_and_not_published(tmp_path, mon
     assert (tmp_path / "trained.work" / "model" / "model.safetensors").is_file()
 
 
-def test_early_stopping_keeps_the_best_and_never_measures_on_what_it_watched(tmp_path):
+def test_early_stopping_ends_and_never_measures_on_what_it_watched(tmp_path):
     spec = toy(tmp_path, dims=[], epochs=60, checkpoint_steps=5, stop={"dim": 32, "patience": 2})
     record, _ = training.run(spec)
     assert record["steps"] < engine.steps(spec, record["fingerprint"]["content"]["pairs"]) / 2

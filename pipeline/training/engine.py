@@ -249,4 +249,4 @@ def curve(history: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
         for name, value in entry.items()
         if name == "learning_rate" or name.startswith(("loss", "eval_ndcg"))
     ]
-    return pl.DataFrame(rows, {"step": pl.Int64, "name": pl.String, "value": pl.Float64})
+    return pl.DataFrame(rows, {"step": pl.Int64, "name": pl.String, "value": pl.Float64}).sort("step", "name")
