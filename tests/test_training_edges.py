@@ -64,6 +64,29 @@ def test_early_stopping_publishes_the_best_of_its_checkpoints(tmp_path, monkeypa
     assert not np.array_equal(weights, seen[3])
 
 
+def test_a_full_disk_is_told_and_the_last_checkpoint_gone_on_from(tmp_path, monkeypatch, caplog):
+    from transformers import Trainer
+
+    save, usage = Trainer._save_optimizer_and_scheduler, engine.shutil.disk_usage(tmp_path)
+
+    def full(self, folder):
+        if folder.endswith("checkpoint-28"):
+            raise RuntimeError("unexpected pos 448 vs 342")  # what torch says
+        save(self, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_save_optimizer_and_scheduler", full)
+        with pytest.raises(RuntimeError, match="unexpected pos"):
+            training.run(toy(tmp_path))
+        patch.setattr(engine.shutil, "disk_usage", lambda folder: usage._replace(free=0))
+        with pytest.raises(PipelineError, match="checkpoints: the disk is full; make room, and run again"):
+            training.run(toy(tmp_path))
+    with caplog.at_level("INFO", "pipeline"):
+        record, _ = training.run(toy(tmp_path))
+    assert "going on from checkpoint-21" in caplog.text
+    assert quality(record)[8] > 0.9
+
+
 def test_pairs_that_fill_no_batch_are_told(tmp_path):
     spec = toy(tmp_path, batch_size=2_000)
     rows = pairs()

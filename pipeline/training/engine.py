@@ -11,7 +11,7 @@ from typing import Any
 import polars as pl
 
 from pipeline.encoders.sentence import prompts
-from pipeline.errors import DataError, SpecError
+from pipeline.errors import DataError, PipelineError, SpecError
 from pipeline.training import objectives, teacher
 from pipeline.training.spec import TrainSpec
 
@@ -26,6 +26,8 @@ CHECKPOINTS = 10
 TOLD = 50
 """How often the loss is told in a whole training."""
 NO_FLOAT16 = "precision: float16 needs a GPU; use bfloat16 or float32"
+FULL_BYTES = 16 * 2**20
+"""Of a disk, what is left where a checkpoint did not fit (assumed)."""
 STATE = "trainer_state.json"
 """Written last into a checkpoint."""
 OnCheckpoint = Callable[[Any], Mapping[str, float]]
@@ -76,7 +78,14 @@ def run(
             best = state["best_model_checkpoint"] if spec.stop is not None else None
             trainer._load_from_checkpoint(str(folder / Path(best).name if best else last))
             return list(state["log_history"])
-    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    try:
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    except Exception as error:  # each writer of a checkpoint has one of its own
+        if shutil.disk_usage(folder.parent).free > FULL_BYTES:
+            raise
+        raise PipelineError(
+            f"{folder}: the disk is full; make room, and run again to go on from the last whole checkpoint"
+        ) from error
     if trainer.state.global_step == 0:
         raise DataError(
             f"data: too few distinct texts for a batch of {spec.batch_size}, which holds none twice; "
