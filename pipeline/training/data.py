@@ -97,7 +97,7 @@ def prepare(spec: TrainSpec) -> Prepared:
         is_held = frame["share"] < spec.held_out
         held, train = _held_share(frame.filter(is_held), documents), frame.filter(~is_held)
     seen = train["anchor"].is_in(held.queries["text"].str.strip_chars().to_list())
-    if not settings.corpus and not isinstance(spec.held_out, HeldOutFiles):  # there each text belongs to one document
+    if not settings.corpus and not isinstance(spec.held_out, HeldOutFiles):  # of pairs each text is a document
         seen |= train["positive"].is_in(frame.filter(is_held)["positive"].to_list())
     train = train.filter(~seen)
     skipped += int(seen.sum())

@@ -136,8 +136,7 @@ def card(spec: TrainSpec, base: ModelFolder, evaluation: pl.DataFrame, record: M
         "```",
         "",
         f"The whole spec and the versions are in `{RECORD}`, every figure in `{EVALUATION}.json`, losses and watched "
-        f"nDCG over "
-        f"the steps in `{CURVE}`.",
+        f"nDCG over the steps in `{CURVE}`.",
         "",
     ]
     return "\n".join(lines)
