@@ -143,8 +143,10 @@ def test_fragments_in_groups_of_about_as_many_rows(rows, count, wanted):
     assert segments.groups(rows, count) == wanted
 
 
-@pytest.mark.parametrize(("precision", "kind"), KINDS)
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("precision", "kind", "workers"),
+    [*((*one, 0) for one in KINDS), ("binary", "ivf_flat", 2), ("float16", "ivf_rq", 2)],
+)
 def test_an_index_in_segments_finds_what_exact_search_finds(spec, monkeypatch, precision, kind, workers):
     monkeypatch.setattr(store, "FRAGMENT_ROWS", 50)
     job = spec(
