@@ -307,7 +307,7 @@ def test_a_missing_bucket_a_missing_endpoint_and_a_refusal_are_one_sentence(serv
 @pytest.mark.parametrize(
     "url",
     [
-        "http://bucket/x",
+        "http://127.0.0.1:9/x",
         Path("/x").as_uri(),
         "s3://",
         "ftp://b/x",

@@ -120,7 +120,7 @@ def test_progressive_trains_small_dims_first_and_goes_on_at_its_stage(tmp_path):
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_only_the_dims_that_are_on_move_and_their_weights_mean_one(tmp_path, cached):
+def test_only_the_dims_that_are_on_are_told_and_their_weights_mean_one(tmp_path, cached):
     base = {"model": str(transformer(tmp_path / "bert"))} if cached else {}
     objective = {"schedule": {0: [8], 1.5: [32, 16]}, "weights": "short", "cached": cached}
     spec = toy(tmp_path, objective=objective, dims=[32, 16, 8], epochs=2, **({"base": base} if base else {}))

@@ -25,7 +25,7 @@ from pipeline.workers import Progress
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-BEGUN, BEFORE, AFTER = "training.json", "before.json", "after"
+BEGUN, BEFORE = "training.json", "before.json"
 NEEDED = ("accelerate", "datasets")
 NEEDED_BY_RAY = ("pandas",)
 OnProgress = Callable[[str, int | None, Progress], None]
@@ -111,7 +111,8 @@ class _Run:
         self.on_progress = on_progress
         self.kind = bases.kind(spec.base, folder)
         self.seconds: dict[str, float] = {}
-        self.checkpoints = Path(str(work.path)) / "checkpoints"
+        self.place = Path(str(work.path))
+        self.checkpoints = self.place / "checkpoints"
 
     def go(self) -> tuple[dict[str, Any], bool]:
         """All steps, those that are done left out."""
@@ -155,7 +156,7 @@ class _Run:
             "probe": probed,
             "seconds": self.seconds,
         }
-        draft = Path(str(self.work.path)) / "model"
+        draft = self.place / "model"
         output.write(
             model,
             spec,
@@ -177,8 +178,8 @@ class _Run:
         return found, True
 
     def _tidy(self) -> None:
-        for name in ("checkpoints", teacher.FOLDER):
-            shutil.rmtree(Path(str(self.work.path)) / name, ignore_errors=True)
+        for path in (self.checkpoints, self.place / teacher.FOLDER):
+            shutil.rmtree(path, ignore_errors=True)
 
     def _begin(self, fingerprint: dict[str, Any]) -> None:
         """Begin the work folder, or go on with it; StaleError where it was begun otherwise."""
@@ -188,7 +189,7 @@ class _Run:
             self.work.create(BEGUN, to_json(signed({"fingerprint": wanted})))
         elif standing["fingerprint"] != wanted and engine.newest(self.checkpoints) is None:
             self._tidy()  # nothing was trained yet
-            (Path(str(self.work.path)) / BEFORE).unlink(missing_ok=True)
+            (self.place / BEFORE).unlink(missing_ok=True)
             self.work.write(BEGUN, to_json(signed({"fingerprint": wanted})))
         else:
             _refuse_changes(self.work.path, standing["fingerprint"], wanted)
@@ -223,21 +224,20 @@ class _Run:
         if taught is None:
             return pairs
         start = time.perf_counter()
-        pairs = teacher.labelled(taught, teacher.resolve(taught), pairs, Path(str(self.work.path)))
+        pairs = teacher.labelled(taught, teacher.resolve(taught), pairs, self.place)
         self.seconds["teacher"] = round(time.perf_counter() - start, 3)
         return pairs
 
     def _train(self, model: Any, pairs: pl.DataFrame, watched: data.Judged, dims: list[int]) -> list[dict[str, Any]]:
         watch = measure.Watch(watched, self.kind, dims, self.spec.measure.k)
         start = time.perf_counter()
-        checkpoints = self.checkpoints
-        engine.mend(checkpoints)
+        engine.mend(self.checkpoints)
         train = distributed.run if self.spec.workers.spread else engine.run
-        history = train(model, self.spec, self.kind, pairs, checkpoints, watch, self._tell)
+        history = train(model, self.spec, self.kind, pairs, self.checkpoints, watch, self._tell)
         heads.bake(model)
         self.seconds["train"] = round(time.perf_counter() - start, 3)
         if not _is_finite(model):
-            shutil.rmtree(checkpoints, ignore_errors=True)  # so that another rate may begin anew
+            shutil.rmtree(self.checkpoints, ignore_errors=True)  # so that another rate may begin anew
             raise PipelineError("training came to weights that are no numbers; lower learning_rate, or set precision")
         return history
 
